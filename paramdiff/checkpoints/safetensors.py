@@ -1,0 +1,225 @@
+"""The safetensors container: 8 bytes of length, a JSON header, then the data. Ours, because it reads ranges.
+
+Files are taken to be hostile: the header is bounded and every entry validated (known type, offsets inside the file, no
+overlap, no hole, size = shape × type) before anything of the size it claims is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paramdiff.checkpoints.base import Located, TensorInfo
+from paramdiff.dtypes import DTYPES
+from paramdiff.errors import BrokenFile, ChangedWhileReading
+
+MAX_HEADER_BYTES = 100_000_000  # the bound of the reference implementation
+MAX_READ = 1 << 30  # one read moves at most 0x7ffff000 bytes on Linux
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies: the file's index and the absolute byte range in it."""
+
+    file: int
+    start: int
+    info: TensorInfo
+
+
+class SafetensorsCheckpoint:
+    """One or several safetensors files that together are one model; see `Checkpoint` for the interface."""
+
+    format = "safetensors"
+
+    def __init__(self, ref: str, located: Located, config: dict[str, Any] | None) -> None:
+        self.ref, self.config, self.warnings = ref, config, list(located.warnings)
+        self._paths = located.files
+        self._fds: list[int] = []
+        self._stats: list[os.stat_result] = []
+        self._entries: dict[str, Entry] = {}
+        try:
+            for path in located.files:
+                self._add_file(path, located.shard_of)
+            self._check_index(located.shard_of)
+        except BaseException:
+            self.close()
+            raise
+        self.tensors = {name: entry.info for name, entry in self._entries.items()}
+
+    def _add_file(self, path: str, shard_of: dict[str, str] | None) -> None:
+        try:
+            fd = os.open(path, os.O_RDONLY)
+            self._fds.append(fd)
+            stat = os.fstat(fd)
+        except OSError as error:
+            raise BrokenFile(f"Cannot read {path}: {error.strerror}.") from error
+        self._stats.append(stat)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        data_start, infos = read_header(fd, stat.st_size, path)
+        file = len(self._fds) - 1
+        strays = []
+        for info, start in infos:
+            if shard_of is not None and shard_of.get(info.name) != path:
+                strays.append(info.name)
+                continue
+            if info.name in self._entries:
+                other = self._paths[self._entries[info.name].file]
+                raise BrokenFile(
+                    f"Tensor {info.name!r} is stored twice, in {other} and in {path}.",
+                    hint="Name the one file to read, or remove the leftover.",
+                )
+            self._entries[info.name] = Entry(file, data_start + start, info)
+        if strays:
+            more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
+            self.warnings.append(f"{path}: {strays[0]!r}{more} ignored; the index does not take it from this shard.")
+
+    def _check_index(self, shard_of: dict[str, str] | None) -> None:
+        missing = sorted(set(shard_of or ()) - set(self._entries))
+        if missing and shard_of is not None:
+            raise BrokenFile(
+                f"{shard_of[missing[0]]} lacks tensor {missing[0]!r}, which the index says it holds"
+                f"{f' (and {len(missing) - 1} more are missing)' if len(missing) > 1 else ''}.",
+                hint="Download the checkpoint again.",
+            )
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        entry = self._entries[name]
+        fd, position, done = self._fds[entry.file], entry.start + offset, 0
+        while done < len(buffer):
+            part = buffer[done : done + MAX_READ]
+            try:
+                got = os.preadv(fd, [part], position + done)
+            except OSError as error:
+                raise BrokenFile(f"Cannot read {name!r} from {self._paths[entry.file]}: {error.strerror}.") from error
+            if got == 0:
+                raise ChangedWhileReading(
+                    f"{self._paths[entry.file]} ended inside tensor {name!r} at byte {position + done:,}, though it was "
+                    f"{self._stats[entry.file].st_size:,} bytes long when it was opened.",
+                    hint="Wait until nothing writes to it any more, then run again.",
+                )
+            done += got
+
+    def position(self, name: str) -> tuple[int, int]:
+        entry = self._entries[name]
+        return entry.file, entry.start
+
+    def verify(self) -> None:
+        for path, then in zip(self._paths, self._stats, strict=True):
+            try:
+                now = os.stat(path)
+            except OSError:
+                now = None
+            if now is None or _identity(now) != _identity(then):
+                raise ChangedWhileReading(
+                    f"{path} was rewritten or removed while it was being read, so the result would mix two states.",
+                    hint="Wait until nothing writes to it any more, then run again.",
+                )
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "ref": self.ref,
+            "format": self.format,
+            "files": [{"name": Path(p).name, "bytes": s.st_size} for p, s in zip(self._paths, self._stats, strict=True)],
+            "tensors": len(self.tensors),
+        }
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def read_header(fd: int, size: int, path: str) -> tuple[int, list[tuple[TensorInfo, int]]]:
+    """Parse and validate a header. Returns the first data byte, and each tensor with its start relative to that.
+
+    Raises `BrokenFile` with the path, what was expected and what was found.
+    """
+    if size < 8:
+        raise BrokenFile(f"{path} is {size} bytes long, too short for a safetensors file.", hint="Download it again.")
+    (length,) = struct.unpack("<Q", _read(fd, 8, 0, path))
+    if length > MAX_HEADER_BYTES:
+        raise BrokenFile(
+            f"{path} claims a header of {length:,} bytes, over the limit of {MAX_HEADER_BYTES:,}; "
+            "it is no safetensors file, or a damaged one."
+        )
+    if 8 + length > size:
+        raise BrokenFile(
+            f"{path} is truncated: its header should end at byte {8 + length:,}, but the file has {size:,}.",
+            hint="Download it again.",
+        )
+    try:
+        header = json.loads(_read(fd, length, 8, path).decode("utf-8"), object_pairs_hook=_reject_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise BrokenFile(f"The header of {path} is not valid: {_first_line(error)}.") from error
+    if not isinstance(header, dict):
+        raise BrokenFile(f"The header of {path} is not a JSON object.")
+    header.pop("__metadata__", None)
+    data_bytes = size - 8 - length
+    spans = [_entry(name, value, data_bytes, path) for name, value in header.items()]
+    _check_layout(spans, data_bytes, path)
+    return 8 + length, [(info, start) for info, start, _ in spans]
+
+
+def _read(fd: int, length: int, offset: int, path: str) -> bytes:
+    try:
+        return os.pread(fd, length, offset)
+    except OSError as error:
+        raise BrokenFile(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} is listed twice")
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].rstrip(".")[:200] if str(error) else type(error).__name__
+
+
+def _entry(name: str, value: Any, data_bytes: int, path: str) -> tuple[TensorInfo, int, int]:
+    try:
+        dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise BrokenFile(f"Tensor {name!r} in {path} lacks a dtype, a shape or two data_offsets.") from error
+    if dtype not in DTYPES:
+        raise BrokenFile(f"Tensor {name!r} in {path} has the unknown dtype {str(dtype)[:40]!r}.")
+    if not (isinstance(shape, list) and all(_whole(n) for n in shape) and _whole(start) and _whole(end)):
+        raise BrokenFile(f"Tensor {name!r} in {path} has a shape or offsets that are not whole numbers from 0 up.")
+    info = TensorInfo(name, dtype, tuple(shape))
+    if not start <= end <= data_bytes:
+        raise BrokenFile(
+            f"{path} is truncated or damaged: tensor {name!r} should end at data byte {end:,}, but there are {data_bytes:,}.",
+            hint="Download it again.",
+        )
+    if info.numel * info.type.bits != (end - start) * 8:
+        raise BrokenFile(
+            f"Tensor {name!r} in {path} has {end - start:,} bytes, where {dtype} of shape {shape} needs {info.nbytes:,}."
+        )
+    return info, start, end
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+
+
+def _check_layout(spans: list[tuple[TensorInfo, int, int]], data_bytes: int, path: str) -> None:
+    last_end, last_name = 0, "the header"
+    for info, start, end in sorted(spans, key=lambda span: (span[1], span[2])):
+        if start != last_end:
+            what = "overlaps" if start < last_end else "leaves a gap after"
+            raise BrokenFile(f"Tensor {info.name!r} in {path} {what} {last_name}: it starts at {start:,}, not {last_end:,}.")
+        last_end, last_name = end, repr(info.name)
+    if last_end != data_bytes:
+        raise BrokenFile(f"{path} has {data_bytes - last_end:,} bytes after its last tensor.", hint="Download it again.")

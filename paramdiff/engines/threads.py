@@ -1,0 +1,96 @@
+"""Worker threads on this machine's CPU: one per core, each reading its own windows into its own buffers.
+
+Reading and computing alternate within a thread. With the files in the page cache that is as fast as it gets; from a cold
+disk the kernel reads ahead (the files are opened as sequential) while the threads compute.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from paramdiff.arrays import numpy_arrays
+from paramdiff.measures import Accumulator, Measure, Options, fold
+from paramdiff.pairing import Alignment
+from paramdiff.streaming import BLOCK, Buffers, Span, windows
+
+Result = tuple[Span, dict[str, Accumulator]]
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(
+    alignment: Alignment,
+    work: Sequence[Span],
+    measures: Sequence[Measure],
+    options: Options,
+    *,
+    threads: int | None = None,
+    block: int = BLOCK,
+) -> Iterator[Result]:
+    """Do all spans of `work`. The first error of any thread stops the others and is raised here."""
+    pending: queue.SimpleQueue[Span] = queue.SimpleQueue()
+    for span in work:
+        pending.put(span)
+    done: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
+    stop = threading.Event()
+    crew = [
+        threading.Thread(
+            target=_work, args=(alignment, measures, options, block, pending, done, stop), name=f"paramdiff-{number}"
+        )
+        for number in range(min(threads or cores(), len(work)))
+    ]
+    # BLAS would start its own threads for a long dot product; beside ours they fight over the cores, and its split of the
+    # sum would make results depend on their number.
+    with threadpool_limits(limits=1, user_api="blas"):
+        for thread in crew:
+            thread.start()
+        try:
+            for _ in work:
+                result = done.get()
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+        finally:
+            stop.set()
+            for thread in crew:
+                thread.join()
+
+
+def _work(
+    alignment: Alignment,
+    measures: Sequence[Measure],
+    options: Options,
+    block: int,
+    pending: queue.SimpleQueue[Span],
+    done: queue.SimpleQueue[Any],
+    stop: threading.Event,
+) -> None:
+    x, buffers = numpy_arrays(), Buffers(len(alignment.checkpoints))
+    while not stop.is_set():
+        try:
+            span = pending.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            tensor = alignment.tensors[span.tensor]
+            blocks = _until(stop, windows(alignment, span, buffers, block))
+            done.put((span, fold(x, tensor, blocks, measures, options)))
+        except BaseException as error:  # handed to the thread that waits, which raises it
+            done.put(error)
+            return
+
+
+def _until(stop: threading.Event, steps: Iterator[Any]) -> Iterator[Any]:
+    for step in steps:
+        if stop.is_set():
+            return
+        yield step

@@ -1,0 +1,34 @@
+"""What the user asked the measures for: a small picklable value that travels with the work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paramdiff.errors import OptionError
+
+COMPATS = ("mukherjee2025",)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`tolerances` for `above[τ]`, in the order given; `compat` the name of a published script to reproduce, or None."""
+
+    tolerances: tuple[float, ...] = ()
+    compat: str | None = None
+
+
+def make_options(tolerances: Sequence[float], compat: str | None) -> Options:
+    """Validated options. Raises `OptionError` for a negative or non-finite tolerance or an unknown compat name.
+
+    >>> make_options([1e-5, 1e-5], None)
+    Options(tolerances=(1e-05,), compat=None)
+    """
+    for tolerance in tolerances:
+        if not (math.isfinite(tolerance) and tolerance >= 0):
+            raise OptionError(f"The tolerance {tolerance!r} is not a number from 0 up.")
+    if compat is not None and compat not in COMPATS:
+        raise OptionError(f"Unknown compat name {compat!r}; known: {', '.join(COMPATS)}.")
+    unique = tuple(dict.fromkeys(float(t) for t in tolerances))
+    return Options(unique or ((1e-5,) if compat else ()), compat)

@@ -1,0 +1,264 @@
+"""Pairing: which tensors of k checkpoints are read side by side, by which rule, and what is left over and why.
+
+Nothing is dropped in silence: every stored tensor of every side ends up in `Alignment.tensors` or in `Alignment.coverage`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from paramdiff import names
+from paramdiff.checkpoints import Checkpoint, TensorInfo
+from paramdiff.dtypes import Compute, compute_type
+from paramdiff.errors import NothingToCompare, OptionError, PairingError
+
+REASONS = {
+    "only_base": "the tuned side has no tensor of this name",
+    "only_tuned": "the base has no tensor of this name",
+    "shape_mismatch": "the shapes differ and no rule relates them",
+    "resized": "rows beyond the other side's vocabulary; the common rows were compared",
+    "not_numeric": "no arithmetic is defined for this element type, or for this pair of types",
+    "excluded": "left out by --include/--exclude",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """k tensors read in lock-step.
+
+    `shape` is what is compared (the common part), `rows` × `cols` its matrix view: a matrix as it is, a stack of expert
+    matrices as (experts · out, in), another tensor of three or more dimensions, such as a convolution, as (out, rest),
+    anything else as one row. `duplicate_of` names the parameter that this one is tied to; roll-ups skip it.
+    """
+
+    name: str
+    sides: tuple[TensorInfo, ...]
+    shape: tuple[int, ...]
+    rule: str
+    compute: Compute
+    duplicate_of: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_matrix(self) -> bool:
+        """True where rows and columns mean something: not for vectors, scalars and packed types."""
+        return len(self.shape) >= 2 and all(side.type.bits >= 8 for side in self.sides)
+
+    @property
+    def rows(self) -> int:
+        if not self.is_matrix:
+            return min(self.numel, 1)
+        return math.prod(self.shape[:-1]) if self._is_stack else self.shape[0]
+
+    @property
+    def cols(self) -> int:
+        return self.numel // self.rows if self.rows else 0
+
+    @property
+    def _is_stack(self) -> bool:
+        return len(self.shape) == 3 and "experts" in self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Uncompared:
+    """A tensor, or part of one, that was not compared. `reason` is a key of `REASONS`."""
+
+    name: str
+    side: str
+    reason: str
+    detail: str
+    shape: tuple[int, ...]
+    dtype: str
+    numel: int
+
+
+@dataclass
+class Alignment:
+    """The plan of a comparison: `checkpoints`, what is read from them together, and what is not."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    tensors: list[Aligned] = field(default_factory=list)
+    coverage: list[Uncompared] = field(default_factory=list)
+
+
+def align(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    resized: bool = True,
+) -> Alignment:
+    """Match the tensors of two checkpoints by name, one to one.
+
+    Rules, by the name that they leave in `pairing_rule`: `same_name`; `wrapper_stripped` (FSDP, torch.compile, DDP
+    prefixes); `tied_head` (one side stores no lm_head because it is tied to the embedding: the embedding stands in);
+    `resized_vocabulary` (embedding and head rows that both sides have; only with `resized`).
+    `include` and `exclude` are regular expressions searched in the stripped name.
+
+    Raises `PairingError` where two tensors of one side get the same name, `NothingToCompare` where no pair is left and
+    `OptionError` for a pattern that is no regular expression.
+    """
+    wanted = _name_filter(include, exclude)
+    sides = {"base": _canonical(base), "tuned": _canonical(tuned)}
+    partners = {name: _stand_in(name, sides, (base, tuned)) for name in _in_order(sides)}
+    plan = Alignment((base, tuned))
+    for name, (infos, rule) in partners.items():
+        if not wanted(name):
+            for side, table in sides.items():
+                if name in table:
+                    plan.coverage.append(_left_out(name, side, table[name], "excluded", "name filter"))
+        elif infos is None:
+            side = "base" if name in sides["base"] else "tuned"
+            plan.coverage.append(_left_out(name, side, sides[side][name], f"only_{side}", ""))
+        else:
+            tied_to = _tied_to(name, sides, (base, tuned))
+            _pair(plan, name, infos, rule, tied_to if tied_to and wanted(tied_to) else None, resized)
+    if not plan.tensors:
+        raise NothingToCompare(_nothing_in_common(plan, base, tuned), hint=_look(base, tuned))
+    return plan
+
+
+def _canonical(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    table: dict[str, TensorInfo] = {}
+    for name, info in checkpoint.tensors.items():
+        short = names.strip_wrappers(name)
+        if short in table:
+            raise PairingError(
+                f"{checkpoint.ref} stores both {table[short].name!r} and {name!r}, which are the same parameter without wrappers."
+            )
+        table[short] = info
+    return table
+
+
+def _in_order(sides: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
+    return list(dict.fromkeys([*sides["base"], *sides["tuned"]]))
+
+
+def _name_filter(include: Sequence[str], exclude: Sequence[str]) -> Any:
+    def compiled(patterns: Sequence[str], option: str) -> list[re.Pattern[str]]:
+        try:
+            return [re.compile(pattern) for pattern in patterns]
+        except re.error as error:
+            raise OptionError(f"{option} is not a regular expression: {error}.") from error
+
+    wanted, unwanted = compiled(include, "--include"), compiled(exclude, "--exclude")
+
+    def keep(name: str) -> bool:
+        if wanted and not any(pattern.search(name) for pattern in wanted):
+            return False
+        return not any(pattern.search(name) for pattern in unwanted)
+
+    return keep
+
+
+def _stand_in(
+    name: str, sides: Mapping[str, Mapping[str, TensorInfo]], checkpoints: tuple[Checkpoint, Checkpoint]
+) -> tuple[tuple[TensorInfo, TensorInfo] | None, str]:
+    """The two tensors that a name stands for, and the rule that found them."""
+    here, there = sides["base"].get(name), sides["tuned"].get(name)
+    if here and there:
+        return (here, there), "same_name" if here.name == there.name else "wrapper_stripped"
+    if not names.is_head(name):
+        return None, ""
+    lacking = 1 if here else 0
+    table = list(sides.values())[lacking]
+    embedding = _embedding_of(table)
+    if embedding is None or _ties(checkpoints[lacking]) is False:
+        return None, ""
+    found = here or there
+    assert found is not None
+    return ((found, table[embedding]) if here else (table[embedding], found)), "tied_head"
+
+
+def _embedding_of(table: Mapping[str, TensorInfo]) -> str | None:
+    found = [name for name in table if names.is_input_embedding(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def _ties(checkpoint: Checkpoint) -> bool | None:
+    """Whether config.json says that input embedding and head are one parameter; None where there is no config."""
+    if checkpoint.config is None:
+        return None
+    text = checkpoint.config.get("text_config")
+    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    return bool(checkpoint.config.get("tie_word_embeddings", nested or False))
+
+
+def _tied_to(
+    name: str, sides: Mapping[str, Mapping[str, TensorInfo]], checkpoints: tuple[Checkpoint, Checkpoint]
+) -> str | None:
+    """The embedding that a head repeats on both sides, so that it is not counted twice.
+
+    A side repeats it where its config ties the two, or where it stores no head at all. Without a config, a stored head
+    beside a tied one is taken for a copy: trainers that save tied heads are common, ones that untie are not.
+    """
+    if not names.is_head(name):
+        return None
+    for table, checkpoint in zip(sides.values(), checkpoints, strict=True):
+        ties = _ties(checkpoint)
+        stored_everywhere = all(name in t for t in sides.values())
+        if ties is False and name in table or ties is None and stored_everywhere:
+            return None
+    return _embedding_of(sides["base"]) or _embedding_of(sides["tuned"])
+
+
+def _pair(
+    plan: Alignment, name: str, infos: tuple[TensorInfo, TensorInfo], rule: str, duplicate_of: str | None, resized: bool
+) -> None:
+    a, b = infos
+    compute = compute_type(a.type, b.type)
+    if compute is None:
+        for side, info in (("base", a), ("tuned", b)):
+            plan.coverage.append(_left_out(name, side, info, "not_numeric", f"{a.dtype} against {b.dtype}"))
+        return
+    shape = a.shape
+    if a.shape != b.shape:
+        if not (resized and _is_resized_vocabulary(name, a, b)):
+            for side, info in (("base", a), ("tuned", b)):
+                plan.coverage.append(_left_out(name, side, info, "shape_mismatch", f"{list(a.shape)} against {list(b.shape)}"))
+            return
+        shape = (min(a.shape[0], b.shape[0]), *a.shape[1:])
+        rule = "resized_vocabulary" if rule != "tied_head" else "tied_head+resized_vocabulary"
+        side, longer = ("base", a) if a.shape[0] > b.shape[0] else ("tuned", b)
+        plan.coverage.append(
+            Uncompared(
+                name, side, "resized", f"rows {shape[0]} to {longer.shape[0] - 1}", longer.shape, longer.dtype,
+                longer.numel - math.prod(shape),
+            )  # fmt: skip
+        )
+    plan.tensors.append(Aligned(name, infos, shape, rule, compute, duplicate_of))
+
+
+def _is_resized_vocabulary(name: str, a: TensorInfo, b: TensorInfo) -> bool:
+    vocabulary = names.is_head(name) or names.is_input_embedding(name) or name.endswith("lm_head.bias")
+    same_rest = len(a.shape) == len(b.shape) >= 1 and a.shape[1:] == b.shape[1:]
+    return vocabulary and same_rest and min(a.shape[0], b.shape[0]) > 0
+
+
+def _left_out(name: str, side: str, info: TensorInfo, reason: str, detail: str) -> Uncompared:
+    return Uncompared(name, side, reason, detail, info.shape, info.dtype, info.numel)
+
+
+def _nothing_in_common(plan: Alignment, base: Checkpoint, tuned: Checkpoint) -> str:
+    reasons = {entry.reason for entry in plan.coverage}
+    if not base.tensors or not tuned.tensors:
+        return f"{base.ref if not base.tensors else tuned.ref} holds no tensors, so there is nothing to compare."
+    if "excluded" in reasons:
+        return f"No tensor of {base.ref} and {tuned.ref} is left after --include/--exclude."
+    if reasons <= {"only_base", "only_tuned"}:
+        return f"{base.ref} and {tuned.ref} have no tensor name in common."
+    return f"No tensor of {base.ref} can be compared with {tuned.ref} ({', '.join(sorted(reasons))})."
+
+
+def _look(base: Checkpoint, tuned: Checkpoint) -> str | None:
+    if not base.tensors or not tuned.tensors:
+        return None
+    return f"The first names are {next(iter(base.tensors))!r} and {next(iter(tuned.tensors))!r}; see `paramdiff inspect`."
