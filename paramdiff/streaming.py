@@ -38,11 +38,15 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A unit of work: blocks `first` to `last` (exclusive) of tensor number `tensor` of an alignment."""
+    """A unit of work: blocks `first` to `last` (exclusive) of tensor number `tensor` of an alignment.
+
+    `numel` elements are compared, for which `nbytes` are read from all sides together.
+    """
 
     tensor: int
     first: int
     last: int
+    numel: int
     nbytes: int
 
 
@@ -89,7 +93,7 @@ def spans(alignment: Alignment, block: int = BLOCK, span_bytes: int = SPAN_BYTES
             last = min(first + step, len(grid))
             end = grid[last - 1]
             elements = end.start + end.numel - grid[first].start
-            work.append(Span(index, first, last, int(elements * bytes_per_element)))
+            work.append(Span(index, first, last, elements, int(elements * bytes_per_element)))
     return work
 
 

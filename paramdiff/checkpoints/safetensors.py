@@ -104,6 +104,17 @@ class SafetensorsCheckpoint:
                 )
             done += got
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fds": []}  # what crosses to a worker process: everything but the open files
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for path in self._paths:
+            try:
+                self._fds.append(os.open(path, os.O_RDONLY))
+            except OSError as error:
+                raise BrokenFile(f"Cannot read {path}: {error.strerror}.") from error
+
     def position(self, name: str) -> tuple[int, int]:
         entry = self._entries[name]
         return entry.file, entry.start

@@ -7,7 +7,9 @@ into columns of `tensors.parquet`, `tables` into rows of further tables. Nothing
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -20,7 +22,10 @@ from paramdiff.measures.options import Options, make_options
 from paramdiff.pairing import Aligned
 from paramdiff.streaming import Window
 
-__all__ = ["MEASURES", "Accumulator", "Measure", "Options", "PairBlock", "fold", "make_options", "merge", "select"]
+__all__ = [
+    "MEASURES", "Accumulator", "Measure", "Options", "PairBlock", "fold", "make_options", "merge", "portable", "restored",
+    "select",
+]  # fmt: skip
 
 
 class Measure(Protocol):
@@ -49,6 +54,16 @@ def select(names: Sequence[str | Measure], options: Options) -> list[Measure]:
         if measure not in chosen:
             chosen.append(measure)
     return [*chosen, compat] if options.compat else chosen
+
+
+def portable(measures: Sequence[Measure]) -> list[str | Measure]:
+    """Measures as a pickle can carry them: modules by their name."""
+    return [measure.__name__ if isinstance(measure, ModuleType) else measure for measure in measures]
+
+
+def restored(named: Sequence[str | Measure]) -> list[Measure]:
+    """The inverse of `portable`."""
+    return [cast(Measure, import_module(item)) if isinstance(item, str) else item for item in named]
 
 
 def fold(

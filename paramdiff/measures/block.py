@@ -93,21 +93,50 @@ class PairBlock:
         return self.x.cast(delta, self.x.f64) if self.tensor.compute == "i64" else delta
 
     @cached_property
-    def changed(self) -> Array:
-        """Mask over moved elements: the values differ. ±0 are equal; NaN equals NaN."""
-        return differ(self.x, *self.exact, may_hold_nan=self.finite is not None)
+    def finite(self) -> Array | None:
+        """Mask over moved elements: finite on both sides. None where all are known to be.
+
+        A finite sum of squares proves every term finite, and is needed anyway; that spares the common case the masks.
+        """
+        x = self.x
+        if self.tensor.compute == "i64" or (x.eager and all(math.isfinite(energy) for energy in self._raw_energies)):
+            return None
+        mask = x.isfinite(self.raw_a) & x.isfinite(self.raw_b)
+        return None if x.eager and x.count(mask) == self.moved_numel else mask
 
     @cached_property
-    def finite(self) -> Array | None:
-        """Mask over moved elements: finite on both sides. None where all are known to be."""
-        x = self.x
-        if self.tensor.compute == "i64":
-            return None
-        if x.eager:
-            largest = x.f32(3.4028235e38) if self.tensor.compute == "f32" else x.f64(1.7976931348623157e308)
-            if all(-largest <= x.minimum(v) and x.maximum(v) <= largest for v in (self.raw_a, self.raw_b)):
-                return None
-        return x.isfinite(self.raw_a) & x.isfinite(self.raw_b)
+    def _raw64(self) -> tuple[Array, Array]:
+        return self.x.cast(self.raw_a, self.x.f64), self.x.cast(self.raw_b, self.x.f64)
+
+    @cached_property
+    def _raw_energies(self) -> tuple[Number, Number]:
+        a, b = self._raw64
+        return self.x.dot(a, a), self.x.dot(b, b)
+
+    @cached_property
+    def opposite(self) -> Array:
+        """Positions, among the moved elements, whose stored signs differ. Only where `eager`, and for ordered types."""
+        assert self.x.eager
+        return self.x.positions((self.moved_bits[0] ^ self.moved_bits[1]) < 0)
+
+    @cached_property
+    def changed_count(self) -> Count:
+        """How many elements changed in value. ±0 are equal; NaN equals NaN."""
+        if self._bits_tell:
+            a, b = (v[self.opposite] for v in self.exact)
+            return self.moved - self.x.count((a == 0) & (b == 0))
+        return self.x.count(self.changed)
+
+    @property
+    def _bits_tell(self) -> bool:
+        """True where values differ exactly when patterns do, but for +0 against -0."""
+        signed = self.types[0].signed and self.types[0].width > 8 and self.types[0].kind == "float"
+        return self.x.eager and self.same_type and signed and self.finite is None
+
+    @cached_property
+    def changed(self) -> Array:
+        """Mask over moved elements: the values differ."""
+        return differ(self.x, *self.exact, may_hold_nan=self.finite is not None)
 
     # Moved elements, with non-finite ones set to zero
 
@@ -140,11 +169,18 @@ class PairBlock:
 
     @cached_property
     def a64(self) -> Array:
-        return self.x.cast(self.a, self.x.f64)
+        return self._finite_only(self._raw64[0])
 
     @cached_property
     def b64(self) -> Array:
-        return self.x.cast(self.b, self.x.f64)
+        return self._finite_only(self._raw64[1])
+
+    @cached_property
+    def energies(self) -> tuple[Number, Number]:
+        """Sums of squares of both sides over the moved elements."""
+        if self.finite is None and self.x.eager:
+            return self._raw_energies
+        return self.x.dot(self.a64, self.a64), self.x.dot(self.b64, self.b64)
 
     @cached_property
     def delta64(self) -> Array:
@@ -161,7 +197,7 @@ class PairBlock:
         x = self.x
         if self.index is None:
             beyond = 0 if self.finite is None else x.count(~x.isfinite(self.raw_a))
-            return self.a64, x.dot(self.a64, self.a64), beyond
+            return self.a64, self.energies[0], beyond
         whole = self._whole(0)
         energy = x.dot(whole, whole)
         if math.isfinite(energy):
@@ -182,11 +218,11 @@ class PairBlock:
     def energy_b(self) -> Number:
         """Sum of squares of the tuned side."""
         x = self.x
+        moved_a, moved_b = self.energies
         if self.index is None:
-            return x.dot(self.b64, self.b64)
-        moved = x.dot(self.a64, self.a64)
-        if moved <= 0.5 * self.energy_a:  # at least half stays, so the difference loses no more than a bit
-            return self.energy_a - moved + x.dot(self.b64, self.b64)
+            return moved_b
+        if moved_a <= 0.5 * self.energy_a:  # at least half stays, so the difference loses no more than a bit
+            return self.energy_a - moved_a + moved_b
         whole = self._whole_base[0].copy()
         whole[self.index] = self.b64
         return x.dot(whole, whole)
@@ -197,7 +233,7 @@ class PairBlock:
         x = self.x
         if self.index is None:
             return x.dot(self.a64, self.b64)
-        return self.energy_a - x.dot(self.a64, self.a64) + x.dot(self.a64, self.b64)
+        return self.energy_a - self.energies[0] + x.dot(self.a64, self.b64)
 
     @cached_property
     def nonfinite(self) -> tuple[Count, Count, Count]:
@@ -219,12 +255,12 @@ class PairBlock:
     @cached_property
     def changed_everywhere(self) -> Array:
         """Mask over all elements of the block: the values differ."""
+        if self.x.eager and self.changed_count == self.moved:
+            return self.differs
         if self.index is None:
             return self.changed
-        mask = self.differs
-        if self.x.count(self.changed) != self.moved:
-            mask = mask.copy()
-            mask[self.index] = self.changed
+        mask = self.differs.copy()
+        mask[self.index] = self.changed
         return mask
 
 

@@ -26,7 +26,7 @@ def update(acc: Accumulator, block: PairBlock, options: Options) -> None:
     acc.add_count("nonfinite_either", block.nonfinite[2])
     if block.nothing_moved:
         return
-    acc.add_count("changed", x.count(block.changed))
+    acc.add_count("changed", block.changed_count)
     if block.same_type:
         acc.add_count("changed_bits", block.moved)
     if tensor.compute != "i64" and not _exact_in_bf16(tensor):
@@ -126,7 +126,9 @@ def _changed_in_bf16(block: PairBlock) -> Array:
 
 def _sign_flips(block: PairBlock) -> Any:
     a, b, x = block.raw_a, block.raw_b, block.x
-    return x.count((a < 0) & (b > 0)) + x.count((a > 0) & (b < 0))
+    if x.eager and _has_ulps(block.tensor) and block.types[0].width > 8:
+        a, b = a[block.opposite], b[block.opposite]
+    return x.count(((a < 0) & (b > 0)) | ((a > 0) & (b < 0)))
 
 
 def _has_ulps(tensor: Aligned) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from paramdiff.arrays import Array, Count
+from paramdiff.arrays import Array
 from paramdiff.measures.accumulator import Accumulator
 from paramdiff.measures.block import PairBlock
 from paramdiff.measures.options import Options
@@ -101,15 +101,18 @@ def _joint_histogram(block: PairBlock) -> tuple[Array, Array] | None:
     For normal numbers d = m_d·2^e_d and a = m_a·2^e_a, ⌊log₂(d/a)⌋ = e_d − e_a − [m_d < m_a], which is the difference of
     the patterns, shifted down. None where a zero or subnormal base or a subnormal Δ makes this untrue.
     """
-    x = block.x
-    if block.moved_numel == 0 or x.minimum(block.abs_a) < SMALLEST_NORMAL:
+    if block.finite is not None or block.abs_a.min(initial=math.inf) < SMALLEST_NORMAL:
         return None
-    d_bits, a_bits = block.abs_delta.view(x.i32), block.abs_a.view(x.i32)
-    exponent = d_bits >> 23
-    ratio = x.clip((d_bits - a_bits) >> 23, -RATIO_BIAS, RATIO_BINS - RATIO_BIAS - 1)
-    joint = x.histogram(((ratio + RATIO_BIAS) << 8) + exponent, RATIO_BINS * DELTA_BINS).reshape(RATIO_BINS, DELTA_BINS)
-    zeros: Count = block.moved_numel - x.count(block.abs_delta)
-    if joint[:, 0].sum() != zeros:
+    d_bits = block.abs_delta.view(np.int32)
+    keys = d_bits - block.abs_a.view(np.int32)
+    keys += RATIO_BIAS << 23
+    keys >>= 15
+    keys &= -DELTA_BINS  # the ratio bin, times DELTA_BINS
+    np.clip(keys, 0, (RATIO_BINS - 1) * DELTA_BINS, out=keys)
+    keys += d_bits >> 23
+    joint = np.bincount(keys, minlength=RATIO_BINS * DELTA_BINS).reshape(RATIO_BINS, DELTA_BINS)
+    unmoved = block.moved_numel - block.changed_count
+    if joint[:, 0].sum() != unmoved:  # subnormal Δ beside those that are zero
         return None
     joint[:, 0] = 0
     return joint.sum(axis=0), np.append(joint.sum(axis=1), 0)

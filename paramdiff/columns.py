@@ -1,0 +1,108 @@
+"""What every column means: the one place where it is written down. Tables are built from it, and tests hold them to it.
+
+Types are polars type names. `above[τ]` and `sparsity[τ]` exist once for each tolerance, with τ as Python writes the float
+(`above[1e-05]`).
+"""
+
+from __future__ import annotations
+
+IDENTITY = {
+    "name": ("String", "parameter, without the prefixes of wrappers"),
+    "layer": ("Int64", "number of the layer; null outside layers"),
+    "module": ("String", "the part that holds the parameter: q_proj, gate_proj, experts.down_proj, …"),
+    "kind": ("String", "embedding, attention, mlp, norm, head or other"),
+    "expert": ("Int64", "number of the expert; null outside experts and for stacks of all experts"),
+    "shape": ("List(Int64)", "shape that was compared: the common part where a vocabulary was resized"),
+    "dtype_base": ("String", "stored element type of the base, as safetensors names it"),
+    "dtype_tuned": ("String", "stored element type of the tuned side"),
+    "numel": ("Int64", "compared elements, n"),
+    "pairing_rule": ("String", "same_name, wrapper_stripped, tied_head, resized_vocabulary, or several joined by +"),
+    "name_base": ("String", "name under which the base stores it"),
+    "name_tuned": ("String", "name under which the tuned side stores it"),
+    "duplicate_of": ("String", "the parameter that this one is tied to; such rows are left out of every total"),
+}
+
+CHANGE = {
+    "changed": ("Int64", "elements whose value differs; ±0 are equal, NaN equals NaN"),
+    "sparsity": ("Float64", "unchanged share, 1 − changed/n"),
+    "changed_bits": ("Int64", "elements whose stored bit pattern differs; null where the stored types differ"),
+    "sparsity_bits": ("Float64", "1 − changed_bits/n"),
+    "changed_bf16": ("Int64", "elements whose value differs after both sides are rounded to bf16, ties to even"),
+    "sparsity_bf16": ("Float64", "1 − changed_bf16/n; the probe of arXiv 2511.08567, Def. 2.1"),
+    "above[τ]": ("Int64", "elements with |Δ| > τ, strictly; Δ in float32 for 8- to 32-bit floats (with --compat: the script's)"),
+    "sparsity[τ]": ("Float64", "1 − above[τ]/n"),
+    "sign_flips": ("Int64", "elements with base · tuned < 0"),
+    "nonfinite_base": ("Int64", "NaN and infinite elements of the base"),
+    "nonfinite_tuned": ("Int64", "NaN and infinite elements of the tuned side"),
+}
+
+MAGNITUDE = {
+    "finite": ("Int64", "elements that are finite on both sides: those in the sums below"),
+    "max_abs_delta": ("Float64", "largest |Δ|"),
+    "l2_base": ("Float64", "Euclidean norm of the base"),
+    "l2_tuned": ("Float64", "Euclidean norm of the tuned side"),
+    "l2_delta": ("Float64", "Euclidean norm of Δ"),
+    "rel_l2": ("Float64", "l2_delta / l2_base; null for a base of zeros"),
+    "mean_abs_delta": ("Float64", "mean of |Δ|"),
+    "mean_delta": ("Float64", "mean of Δ, signed"),
+    "dot": ("Float64", "inner product of base and tuned"),
+    "cosine": ("Float64", "dot / (l2_base · l2_tuned); null where a norm is zero"),
+}
+
+ROWS = {
+    "rows": ("Int64", "rows of the matrix view; null for vectors and scalars"),
+    "rows_touched": ("Int64", "rows with at least one changed element"),
+    "top1pct_rows_share": ("Float64", "share of all changes that the 1 % of rows with most of them hold"),
+    "cols": ("Int64", "columns of the matrix view"),
+    "cols_touched": ("Int64", "columns with at least one changed element"),
+    "top1pct_cols_share": ("Float64", "share of all changes that the 1 % of columns with most of them hold"),
+}
+
+TABLES: dict[str, dict[str, tuple[str, str]]] = {
+    "tensors": {**IDENTITY, **CHANGE, **MAGNITUDE, **ROWS},
+    "histograms": {
+        "name": ("String", "parameter"),
+        "histogram": ("String", "ulp, log2_abs_delta or log2_rel_delta (of |Δ|/|base|)"),
+        "lower": ("Float64", "lower edge: distance in ulps, or exponent of two; included"),
+        "upper": ("Float64", "upper edge: included for ulp, excluded for exponents; both +inf: left zero"),
+        "count": ("Int64", "elements; Δ = 0 is in ulp 0 and in no exponent bin"),
+    },
+    "rows": {
+        "name": ("String", "parameter"),
+        "axis": ("String", "rows or cols"),
+        "length": ("Int64", "how many rows (columns) there are"),
+        "across": ("Int64", "elements in each"),
+        "changed": ("List(UInt32)", "changed elements of each row (column), in order"),
+    },
+    "coverage": {
+        "name": ("String", "parameter"),
+        "side": ("String", "base or tuned"),
+        "reason": ("String", "only_base, only_tuned, shape_mismatch, resized, not_numeric or excluded"),
+        "detail": ("String", "the two shapes or types, or the rows left over"),
+        "shape": ("List(Int64)", "stored shape"),
+        "dtype": ("String", "stored element type"),
+        "numel": ("Int64", "elements that were not compared"),
+    },
+}
+
+
+def meaning(table: str, column: str) -> tuple[str, str]:
+    """(type, meaning) of a column.
+
+    >>> meaning("tensors", "above[1e-05]")[0]
+    'Int64'
+    """
+    head, bracket, _ = column.partition("[")
+    return TABLES[table][f"{head}[τ]" if bracket else column]
+
+
+def markdown() -> str:
+    """All tables as Markdown, for docs/columns.md."""
+    lines = ["# What the columns mean", "", "Generated from `paramdiff/columns.py` by `make docs`.", ""]
+    for table, columns in TABLES.items():
+        lines += [f"## {table}.parquet", "", "| column | type | meaning |", "|---|---|---|"]
+        for name, (kind, text) in columns.items():
+            escaped = text.replace("|", "\\|")
+            lines.append(f"| `{name}` | {kind} | {escaped} |")
+        lines.append("")
+    return "\n".join(lines)

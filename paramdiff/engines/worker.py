@@ -1,0 +1,45 @@
+"""A worker process: reads spans from standard input, answers on standard output, both as pickles; see `processes`.
+
+It is started as a fresh interpreter rather than forked or spawned by multiprocessing: nothing of the parent's threads is
+copied, and the user's main module is not run again.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+
+from threadpoolctl import threadpool_limits
+
+from paramdiff.arrays import numpy_arrays
+from paramdiff.measures import fold, restored
+from paramdiff.streaming import Buffers, windows
+
+
+def main() -> None:
+    """Serve until standard input ends. Ctrl-C is the parent's to handle: it closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    source = os.fdopen(os.dup(0), "rb")
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # a stray print must not end up among the answers
+    x = numpy_arrays()
+    with threadpool_limits(limits=1, user_api="blas"):
+        try:
+            alignment, named, options, block = pickle.load(source)
+            measures = restored(named)
+            buffers = Buffers(len(alignment.checkpoints))
+            while True:
+                span = pickle.load(source)
+                blocks = windows(alignment, span, buffers, block)
+                result = fold(x, alignment.tensors[span.tensor], blocks, measures, options)
+                pickle.dump((span, result), answers, protocol=pickle.HIGHEST_PROTOCOL)
+                answers.flush()
+        except EOFError:
+            return
+        except BrokenPipeError:
+            sys.exit(1)
+        except BaseException as error:  # handed to the parent, which raises it
+            pickle.dump(error, answers)
+            answers.flush()

@@ -1,0 +1,94 @@
+"""Rows → polars frames, and roll-ups of them: sums of counts divided by sums of n, never means of ratios."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import polars as pl
+
+from paramdiff.columns import TABLES, meaning
+from paramdiff.errors import OptionError
+from paramdiff.measures.change import unchanged
+from paramdiff.measures.magnitude import derived
+from paramdiff.pairing import Uncompared
+
+_TYPES: dict[str, Any] = {
+    "String": pl.String, "Int64": pl.Int64, "Float64": pl.Float64,
+    "List(Int64)": pl.List(pl.Int64), "List(UInt32)": pl.List(pl.UInt32),
+}  # fmt: skip
+_SUMMED = ("numel", "changed", "changed_bits", "changed_bf16", "sign_flips", "nonfinite_base", "nonfinite_tuned", "finite")
+_SHARES = {"sparsity": "changed", "sparsity_bits": "changed_bits", "sparsity_bf16": "changed_bf16"}
+
+
+def frame(table: str, rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
+    """A frame with the types of `columns.py`; columns of a user's own measure get the type of their values."""
+    known = rows[0] if rows else dict.fromkeys(c for c in TABLES.get(table, {}) if "[" not in c)
+    schema = {}
+    for name in known:
+        try:
+            schema[name] = _TYPES[meaning(table, name)[0]]
+        except KeyError:
+            schema[name] = None
+    # numpy arrays become list columns without passing through Python integers
+    data = {name: [row[name] for row in rows] for name in known}
+    return pl.DataFrame({n: pl.Series(n, v, dtype=schema[n], strict=False) for n, v in data.items()})
+
+
+def coverage_frame(coverage: Sequence[Uncompared]) -> pl.DataFrame:
+    """What was not compared, one row per tensor and side."""
+    return frame("coverage", [{**asdict(entry), "shape": list(entry.shape)} for entry in coverage])
+
+
+def roll_up(tensors: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
+    """Pool tensors by `keys` (none: all in one row). Tied duplicates are left out; shares, norms and means are pooled.
+
+    Raises `OptionError` for a key that is no column.
+    """
+    unknown = [key for key in keys if key not in tensors.columns]
+    if unknown:
+        raise OptionError(f"There is no column {unknown[0]!r} to group by.", hint="Try layer, module, kind or expert.")
+    counted = tensors.filter(pl.col("duplicate_of").is_null())
+    if not keys:
+        return pl.DataFrame([pooled(counted)], infer_schema_length=None)
+    groups = counted.partition_by(list(keys), as_dict=True, maintain_order=True)
+    rows = [{**dict(zip(keys, key, strict=True)), **pooled(group)} for key, group in groups.items()]
+    # A group in which a column is null throughout must not decide its type.
+    types = {name: _TYPES[meaning("tensors", name)[0]] for name in rows[0] if name != "tensors"} if rows else {}
+    return pl.DataFrame(rows, schema_overrides=types, infer_schema_length=None)
+
+
+def pooled(group: pl.DataFrame) -> dict[str, Any]:
+    """One row for a group of tensors, as if their elements were one long vector."""
+    row: dict[str, Any] = {"tensors": group.height}
+    tolerances = [name for name in group.columns if name.startswith("above[")]
+    for name in [*_SUMMED, *tolerances]:
+        if name in group.columns:
+            column = group[name]
+            # A notion that is undefined for one tensor (bits across types) is undefined for the whole.
+            row[name] = None if column.null_count() else int(column.sum())
+    shares = {**_SHARES, **{name.replace("above", "sparsity", 1): name for name in tolerances}}
+    for share, count in shares.items():
+        if count in row:
+            row[share] = unchanged(row[count], row["numel"])
+    if "l2_delta" in group.columns:
+        row["max_abs_delta"] = float(group["max_abs_delta"].max() or 0.0)  # type: ignore[arg-type]
+        row |= derived(_sums(group), row["finite"])
+    return row
+
+
+def _sums(group: pl.DataFrame) -> dict[str, float]:
+    def total(values: Any) -> float:
+        return math.fsum(value for value in values if value is not None)
+
+    finite = group["finite"]
+    return {
+        "aa": total(group["l2_base"] ** 2),
+        "bb": total(group["l2_tuned"] ** 2),
+        "dd": total(group["l2_delta"] ** 2),
+        "ab": total(group["dot"]),
+        "d": total(group["mean_delta"] * finite),
+        "abs_d": total(group["mean_abs_delta"] * finite),
+    }
