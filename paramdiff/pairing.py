@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from paramdiff import names
 from paramdiff.checkpoints import Checkpoint, TensorInfo
@@ -106,7 +105,7 @@ def align(
     Raises `PairingError` where two tensors of one side get the same name, `NothingToCompare` where no pair is left and
     `OptionError` for a pattern that is no regular expression.
     """
-    wanted = _name_filter(include, exclude)
+    wanted = name_filter(include, exclude)
     sides = {"base": _canonical(base), "tuned": _canonical(tuned)}
     partners = {name: _stand_in(name, sides, (base, tuned)) for name in _in_order(sides)}
     plan = Alignment((base, tuned))
@@ -142,7 +141,9 @@ def _in_order(sides: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
     return list(dict.fromkeys([*sides["base"], *sides["tuned"]]))
 
 
-def _name_filter(include: Sequence[str], exclude: Sequence[str]) -> Any:
+def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a name passes: it matches one of `include` (if any) and none of `exclude`. Raises `OptionError`."""
+
     def compiled(patterns: Sequence[str], option: str) -> list[re.Pattern[str]]:
         try:
             return [re.compile(pattern) for pattern in patterns]

@@ -1,0 +1,73 @@
+"""`paramdiff inspect`: what is in a checkpoint, from its headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paramdiff_cli import options, sink
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from paramdiff.checkpoints import Checkpoint
+
+
+def inspect(
+    ref: Annotated[str, typer.Argument(help="A checkpoint: a directory or a .safetensors file.", metavar="REF")],
+    include: options.Include = None,
+    json: options.Json = False,
+) -> None:
+    """What is in a checkpoint: tensors, shapes, types and sizes. Reads headers only, whatever the size.
+
+    Examples:
+
+        paramdiff inspect base/
+
+        paramdiff inspect base/ --include lm_head --json
+    """
+    from paramdiff import checkpoints
+    from paramdiff.pairing import name_filter
+
+    checkpoint = checkpoints.open(ref)
+    keep = name_filter(include or [], [])
+    shown = [info for name, info in checkpoint.tensors.items() if keep(name)]
+    sink.warn(checkpoint.warnings)
+    if json:
+        sink.print_json(_facts(checkpoint, shown))
+    else:
+        console = sink.console()
+        facts = _facts(checkpoint, shown)
+        types = ", ".join(f"{count:,} in {dtype}" for dtype, count in facts["dtypes"].items())
+        console.print(f"{ref}: {facts['format']}, {len(facts['files'])} file(s)", markup=False, soft_wrap=True)
+        console.print(f"{len(shown)} tensors, {facts['numel']:,} elements ({types}), {facts['bytes']:,} bytes of data")
+        console.print(_table(shown))
+    checkpoint.close()
+
+
+def _facts(checkpoint: Checkpoint, shown: list[Any]) -> dict[str, Any]:
+    dtypes: Counter[str] = Counter()
+    for info in shown:
+        dtypes[info.dtype] += info.numel
+    return {
+        **checkpoint.facts(),
+        "tensors": [
+            {"name": i.name, "dtype": i.dtype, "shape": list(i.shape), "numel": i.numel, "bytes": i.nbytes} for i in shown
+        ],
+        "numel": sum(info.numel for info in shown),
+        "bytes": sum(info.nbytes for info in shown),
+        "dtypes": dict(dtypes.most_common()),
+        "warnings": checkpoint.warnings,
+    }
+
+
+def _table(shown: list[Any]) -> Table:
+    from paramdiff_cli import render
+
+    table = render.make_table(["tensor", "type", "shape", "elements", "bytes"], right_from=2)
+    for info in shown:
+        shape = " × ".join(map(str, info.shape)) or "scalar"
+        table.add_row(render.plain(info.name), info.dtype, shape, f"{info.numel:,}", f"{info.nbytes:,}")
+    return table

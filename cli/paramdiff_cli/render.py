@@ -1,0 +1,150 @@
+"""Tables for people. Shares near 100 % keep as many digits as it takes to see what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from paramdiff import Diff
+
+KINDS = ("embedding", "attention", "mlp", "norm", "head", "other")
+NOTIONS = (
+    ("changed", "sparsity", "in value"),
+    ("changed_bits", "sparsity_bits", "in stored bits"),
+    ("changed_bf16", "sparsity_bf16", "after rounding to bf16"),
+)
+LISTED = 3  # names shown for each reason in the coverage
+REASONS = {
+    "only_base": "only in the base",
+    "only_tuned": "only in the tuned side",
+    "shape_mismatch": "of different shapes",
+    "not_numeric": "of types without arithmetic",
+    "resized": "with rows that only one side has (the common rows were compared)",
+    "tied": "tied to the embedding, compared but counted once",
+}
+
+
+def make_table(columns: Sequence[str], *, right_from: int = 1, title: str | None = None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number >= right_from else "left", overflow="fold")
+    return table
+
+
+def plain(text: str) -> Text:
+    """Text from a file, never read as markup."""
+    return Text(text)
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage with at least three significant digits of its smaller side.
+
+    >>> percent(0.99981234), percent(0.5), percent(1.0), percent(None)
+    ('99.9812 %', '50.00 %', '100 %', '–')
+    """
+    if share is None:
+        return "–"
+    if share in (0.0, 1.0):
+        return f"{share * 100:.0f} %"
+    small = min(share, 1 - share) * 100
+    digits = min(10, max(2, 2 - math.floor(math.log10(small))))
+    return f"{share * 100:.{digits}f} %"
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def heading(diff: Diff) -> Text:
+    summary = diff.summary()
+    types = summary["dtype_base"], summary["dtype_tuned"]
+    said = f"both sides stored in {types[0]}" if types[0] == types[1] else f"base stored in {types[0]}, tuned in {types[1]}"
+    return Text(
+        f"base   {summary['base']}\ntuned  {summary['tuned']}\n"
+        f"{summary['numel']:,} parameters in {summary['tensors']} tensors; {said}; compared in {_arithmetic(types)}"
+    )
+
+
+def _arithmetic(types: tuple[str, str]) -> str:
+    stored = {name for side in types for name in side.split("+")}
+    floats = {name for name in stored if name.startswith(("F", "BF"))}
+    parts = ["float64" if "F64" in floats else "float32"] if floats else []
+    return " and ".join(parts + (["int64"] if stored - floats else []))
+
+
+def overall(diff: Diff) -> Table:
+    """What changed, by every notion."""
+    summary = diff.summary()
+    table = make_table(["unchanged", "share", "changed", f"of {summary['numel']:,}"])
+    for count, share, label in NOTIONS:
+        if summary[count] is not None:
+            table.add_row(label, percent(summary[share]), f"{summary[count]:,}", percent(_density(summary[share])))
+    for entry in summary["tolerances"]:
+        label = f"{summary.get('compat', '|Δ|')} ≤ {entry['tol']:g}"
+        table.add_row(label, percent(entry["sparsity"]), f"{entry['above']:,}", percent(_density(entry["sparsity"])))
+    caption = [f"‖Δ‖/‖base‖ {number(summary['rel_l2'])}", f"largest |Δ| {number(summary['max_abs_delta'])}"]
+    caption.append(f"{summary['sign_flips']:,} sign flips")
+    for side in ("base", "tuned"):
+        if summary[f"nonfinite_{side}"]:
+            caption.append(f"{summary[f'nonfinite_{side}']:,} NaN or infinite in the {side} side")
+    table.caption, table.caption_justify = " · ".join(caption), "left"
+    return table
+
+
+def _density(sparsity: float | None) -> float | None:
+    return None if sparsity is None else 1 - sparsity
+
+
+def rolled_up(diff: Diff, key: str) -> Table:
+    """One row per kind or layer, elements pooled."""
+    tolerances = [float(t) for t in diff.run["options"]["tolerances"]]
+    heads = [key, "tensors", "parameters", "changed", "unchanged", *(f"≤ {t:g}" for t in tolerances), "‖Δ‖/‖base‖", "mean |Δ|"]
+    table = make_table(heads, title=f"By {key}")
+    rows = diff.by(key).to_dicts()
+    order = {kind: position for position, kind in enumerate(KINDS)}
+    rows.sort(key=lambda r: order.get(r[key], -1) if key == "kind" else (r[key] is not None, r[key] or 0))
+    for row in rows:
+        label = "outside" if row[key] is None else str(row[key])
+        shares = [percent(row["sparsity"]), *(percent(row[f"sparsity[{t!r}]"]) for t in tolerances)]
+        cells = [label, str(row["tensors"]), f"{row['numel']:,}", f"{row['changed']:,}", *shares]
+        table.add_row(*cells, number(row.get("rel_l2")), number(row.get("mean_abs_delta")))
+    return table
+
+
+def layers_by_modules(diff: Diff, column: str) -> Table:
+    """A pivot: one row per layer, one column per module, `column` in the cells."""
+    cells = {(row["layer"], row["module"]): row for row in diff.by("layer", "module").to_dicts()}
+    layers = sorted({layer for layer, _ in cells if layer is not None})
+    modules = list(dict.fromkeys(module for layer, module in cells if layer is not None))
+    shown = percent if column.startswith("sparsity") else number
+    table = make_table(["layer", *modules], title=f"{column} by layer and module")
+    for layer in layers:
+        found: list[Any] = [cells.get((layer, module)) for module in modules]
+        table.add_row(str(layer), *(shown(cell[column]) if cell else "" for cell in found))
+    outside = [f"{module} {shown(row[column])}" for (layer, module), row in cells.items() if layer is None]
+    if outside:
+        table.caption, table.caption_justify = "Outside layers: " + " · ".join(outside), "left"
+    return table
+
+
+def coverage(diff: Diff) -> Iterator[Text]:
+    """What was not compared, or not counted twice, and why."""
+    found = diff.summary()["coverage"]
+    for reason, said in REASONS.items():
+        names = found[reason]
+        if names:
+            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+            yield Text(f"{len(names)} tensor{'s' if len(names) > 1 else ''} {said}: {', '.join(names[:LISTED])}{more}")
+    if found["excluded"]:
+        yield Text(f"{found['excluded']} tensors left out by --include/--exclude")
+
+
+def cost(diff: Diff) -> Text:
+    seconds, read = diff.run["seconds"], diff.run["bytes_read"]
+    return Text(f"{read / 1e6:,.1f} MB read in {seconds:.2f} s on {diff.run['options']['device']}")

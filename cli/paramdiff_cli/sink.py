@@ -1,0 +1,70 @@
+"""Where output goes: data to stdout, progress and warnings to stderr, nothing at all when quiet."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from paramdiff import Diff
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console that keeps lines whole when the output is a file or a pipe."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    made = Console(stderr=stderr, highlight=False)
+    if not stream.isatty():
+        made = Console(stderr=stderr, highlight=False, width=120)
+    return made
+
+
+def print_json(data: Any) -> None:
+    """One JSON object on stdout. Numbers that JSON lacks (infinity, NaN) become null."""
+    print(json.dumps(_plain(data), ensure_ascii=False, allow_nan=False))
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    return None if isinstance(data, float) and not abs(data) < float("inf") else data
+
+
+def warn(sentences: list[str]) -> None:
+    for sentence in sentences:
+        print(f"paramdiff: warning: {sentence}", file=sys.stderr)
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with bytes, rate and time left on stderr; None where nobody watches."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("comparing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def compared(base: str, tuned: str, *, quiet: bool, out: str | None, **options: Any) -> Diff:
+    """Compare as the options say, with progress and warnings, and save where asked to."""
+    import paramdiff
+
+    with progress_bar(quiet) as progress:
+        diff = paramdiff.compare(base, tuned, progress=progress, **options)
+    if not quiet:
+        warn(diff.run["warnings"])
+    if out is not None:
+        diff.save(out)
+    return diff
