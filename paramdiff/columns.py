@@ -29,7 +29,10 @@ CHANGE = {
     "sparsity_bits": ("Float64", "1 − changed_bits/n"),
     "changed_bf16": ("Int64", "elements whose value differs after both sides are rounded to bf16, ties to even"),
     "sparsity_bf16": ("Float64", "1 − changed_bf16/n; the probe of arXiv 2511.08567, Def. 2.1"),
-    "above[τ]": ("Int64", "elements with |Δ| > τ, strictly; Δ in float32 for 8- to 32-bit floats (with --compat: the script's)"),
+    "above[τ]": (
+        "Int64",
+        "elements with |Δ| > τ, strictly; Δ in float32 for 8- to 32-bit floats (with --compat: the script's)",
+    ),
     "sparsity[τ]": ("Float64", "1 − above[τ]/n"),
     "sign_flips": ("Int64", "elements with base · tuned < 0"),
     "nonfinite_base": ("Int64", "NaN and infinite elements of the base"),

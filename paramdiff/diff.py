@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from os import PathLike, fspath
 from pathlib import Path
@@ -149,7 +149,7 @@ def compare(
         for ref in (base, tuned):
             sides.append(checkpoints.open(fspath(ref)))
         alignment = align(sides[0], sides[1], include=include, exclude=exclude, resized=compat is None)
-        began = datetime.now(timezone.utc)
+        began = datetime.now(UTC)
         result = collect(alignment, chosen, options, device=device, threads=threads, progress=progress)
     finally:
         for side in sides:
@@ -169,7 +169,8 @@ def compare(
             "device": result.device,
         },
         "warnings": [warning for side in sides for warning in side.warnings],
-        "versions": {name: version(name) for name in ("paramdiff", "numpy", "polars")} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("paramdiff", "numpy", "polars")}
+        | {"python": platform.python_version()},
         "started": began.isoformat(timespec="seconds"),
         "bytes_read": result.bytes_read,
         "seconds": round(result.seconds, 6),

@@ -5,6 +5,7 @@ Both are data: a new wrapper or architecture is one more line in a table here.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ LEADING_WRAPPERS = ("module.",)  # DistributedDataParallel, DeepSpeed; only in f
 
 PARAMETER_SUFFIXES = {"weight", "bias", "gamma", "beta", "scale", "weight_scale", "weight_scale_inv"}
 HEADS = {"lm_head", "embed_out", "score", "classifier", "v_head", "value_head", "output"}
-EMBEDDINGS = {"embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "position_embeddings", "token_type_embeddings",
-              "tok_embeddings", "embed_positions", "shared", "patch_embed", "patch_embedding", "position_embedding"}  # fmt: skip
+EMBEDDINGS = {"embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "position_embeddings", "token_type_embeddings"}
+EMBEDDINGS |= {"tok_embeddings", "embed_positions", "shared", "patch_embed", "patch_embedding", "position_embedding"}
 EXPERTS = {"experts", "shared_expert", "shared_experts"}
 NORM = re.compile(r"norm|^ln(_|\d|$)|layer_?norm|rms", re.IGNORECASE)
 ATTENTION = re.compile(r"att(n|ention)|^(q|k|v|o|qkv|kv|query|key|value|out)_proj$|^c_attn$|^query_key_value$|^w[qkvo]$")
@@ -71,7 +72,7 @@ def place(name: str) -> Place:
 
 
 def _number_after(parts: list[str], word: str) -> int | None:
-    return next((int(b) for a, b in zip(parts, parts[1:], strict=False) if a == word and b.isdecimal()), None)
+    return next((int(b) for a, b in itertools.pairwise(parts) if a == word and b.isdecimal()), None)
 
 
 def _kind(words: list[str], leaf: str) -> str:

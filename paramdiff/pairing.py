@@ -131,7 +131,7 @@ def _canonical(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
         short = names.strip_wrappers(name)
         if short in table:
             raise PairingError(
-                f"{checkpoint.ref} stores both {table[short].name!r} and {name!r}, which are the same parameter without wrappers."
+                f"{checkpoint.ref} stores both {table[short].name!r} and {name!r}, the same parameter without wrappers."
             )
         table[short] = info
     return table
@@ -206,7 +206,7 @@ def _tied_to(
     for table, checkpoint in zip(sides.values(), checkpoints, strict=True):
         ties = _ties(checkpoint)
         stored_everywhere = all(name in t for t in sides.values())
-        if ties is False and name in table or ties is None and stored_everywhere:
+        if (ties is False and name in table) or (ties is None and stored_everywhere):
             return None
     return _embedding_of(sides["base"]) or _embedding_of(sides["tuned"])
 
@@ -224,16 +224,23 @@ def _pair(
     if a.shape != b.shape:
         if not (resized and _is_resized_vocabulary(name, a, b)):
             for side, info in (("base", a), ("tuned", b)):
-                plan.coverage.append(_left_out(name, side, info, "shape_mismatch", f"{list(a.shape)} against {list(b.shape)}"))
+                plan.coverage.append(
+                    _left_out(name, side, info, "shape_mismatch", f"{list(a.shape)} against {list(b.shape)}")
+                )
             return
         shape = (min(a.shape[0], b.shape[0]), *a.shape[1:])
         rule = "resized_vocabulary" if rule != "tied_head" else "tied_head+resized_vocabulary"
         side, longer = ("base", a) if a.shape[0] > b.shape[0] else ("tuned", b)
         plan.coverage.append(
             Uncompared(
-                name, side, "resized", f"rows {shape[0]} to {longer.shape[0] - 1}", longer.shape, longer.dtype,
+                name,
+                side,
+                "resized",
+                f"rows {shape[0]} to {longer.shape[0] - 1}",
+                longer.shape,
+                longer.dtype,
                 longer.numel - math.prod(shape),
-            )  # fmt: skip
+            )
         )
     plan.tensors.append(Aligned(name, infos, shape, rule, compute, duplicate_of))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -101,13 +102,19 @@ def _place_on_disk(alignment: Alignment, index: int) -> tuple[int, int]:
     return alignment.checkpoints[0].position(alignment.tensors[index].sides[0].name)
 
 
+class Room(Protocol):
+    """Where the raw bytes of one window go: `take` gives a buffer of `nbytes` for a side, valid until the next window."""
+
+    def take(self, side: int, nbytes: int) -> Array: ...
+
+
 class Buffers:
     """Reused memory for the raw bytes of one window, one buffer for each side."""
 
     def __init__(self, sides: int) -> None:
         self._buffers = [np.empty(0, dtype=np.uint8) for _ in range(sides)]
 
-    def take(self, side: int, nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    def take(self, side: int, nbytes: int) -> Array:
         if self._buffers[side].size < nbytes:
             self._buffers[side] = np.empty(nbytes, dtype=np.uint8)
         return self._buffers[side][:nbytes]
@@ -124,7 +131,7 @@ def windows(
         yield window, read_window(alignment, tensor, window, buffers)
 
 
-def read_window(alignment: Alignment, tensor: Aligned, window: Window, buffers: Buffers) -> list[Array]:
+def read_window(alignment: Alignment, tensor: Aligned, window: Window, buffers: Room) -> list[Array]:
     """The stored bytes of one window, one uint8 array for each side."""
     raw = []
     for number, (checkpoint, side) in enumerate(zip(alignment.checkpoints, tensor.sides, strict=True)):

@@ -418,7 +418,7 @@ class Saves(transformers.TrainerCallback):
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trainer's own save_steps would write every checkpoint to get the last two."""
         if state.global_step >= STEPS - 1:
             control.should_save = True

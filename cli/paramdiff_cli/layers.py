@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -10,7 +10,7 @@ import typer
 from paramdiff_cli import options, sink
 
 
-class Value(str, Enum):
+class Value(StrEnum):
     """What the cells of the table show."""
 
     sparsity = "sparsity"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -26,7 +26,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no tables, pro
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU workers; all cores by default.")]
 
 
-class Compat(str, Enum):
+class Compat(StrEnum):
     """Published scripts whose numbers can be reproduced."""
 
     mukherjee2025 = "mukherjee2025"
@@ -34,5 +34,7 @@ class Compat(str, Enum):
 
 CompatOption = Annotated[
     Compat | None,
-    typer.Option("--compat", help="Count as this paper's script does (arXiv 2505.11711, 2602.07729), at each --tol or 1e-5."),
+    typer.Option(
+        "--compat", help="Count as this paper's script does (arXiv 2505.11711, 2602.07729), at each --tol or 1e-5."
+    ),
 ]

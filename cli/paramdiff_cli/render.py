@@ -104,7 +104,16 @@ def _density(sparsity: float | None) -> float | None:
 def rolled_up(diff: Diff, key: str) -> Table:
     """One row per kind or layer, elements pooled."""
     tolerances = [float(t) for t in diff.run["options"]["tolerances"]]
-    heads = [key, "tensors", "parameters", "changed", "unchanged", *(f"≤ {t:g}" for t in tolerances), "‖Δ‖/‖base‖", "mean |Δ|"]
+    heads = [
+        key,
+        "tensors",
+        "parameters",
+        "changed",
+        "unchanged",
+        *(f"≤ {t:g}" for t in tolerances),
+        "‖Δ‖/‖base‖",
+        "mean |Δ|",
+    ]
     table = make_table(heads, title=f"By {key}")
     rows = diff.by(key).to_dicts()
     order = {kind: position for position, kind in enumerate(KINDS)}

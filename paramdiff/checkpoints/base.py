@@ -43,9 +43,13 @@ class Checkpoint(Protocol):
     """
 
     ref: str
-    tensors: Mapping[str, TensorInfo]
-    config: Mapping[str, Any] | None
     warnings: list[str]
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def config(self) -> Mapping[str, Any] | None: ...
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the stored bytes of tensor `name` from byte `offset` on.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ class SafetensorsCheckpoint:
     format = "safetensors"
 
     def __init__(self, ref: str, located: Located, config: dict[str, Any] | None) -> None:
-        self.ref, self.config, self.warnings = ref, config, list(located.warnings)
+        self.ref, self.warnings = ref, list(located.warnings)
+        self.config: Mapping[str, Any] | None = config
         self._paths = located.files
         self._fds: list[int] = []
         self._stats: list[os.stat_result] = []
@@ -48,7 +50,7 @@ class SafetensorsCheckpoint:
         except BaseException:
             self.close()
             raise
-        self.tensors = {name: entry.info for name, entry in self._entries.items()}
+        self.tensors: Mapping[str, TensorInfo] = {name: entry.info for name, entry in self._entries.items()}
 
     def _add_file(self, path: str, shard_of: dict[str, str] | None) -> None:
         try:
@@ -211,7 +213,7 @@ def _entry(name: str, value: Any, data_bytes: int, path: str) -> tuple[TensorInf
     info = TensorInfo(name, dtype, tuple(shape))
     if not start <= end <= data_bytes:
         raise BrokenFile(
-            f"{path} is truncated or damaged: tensor {name!r} should end at data byte {end:,}, but there are {data_bytes:,}.",
+            f"{path} is truncated or damaged: tensor {name!r} should end at data byte {end:,} of {data_bytes:,}.",
             hint="Download it again.",
         )
     if info.numel * info.type.bits != (end - start) * 8:

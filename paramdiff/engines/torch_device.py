@@ -38,7 +38,8 @@ class Slot:
         self._there: list[Any] = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(sides)]
         self._sizes = [0] * sides
         if self._on_gpu:
-            self._copied, self._used = torch.cuda.Event(), torch.cuda.Event()
+            self._copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._used: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def take(self, side: int, nbytes: int) -> Any:
         """A pinned buffer as a numpy array, free to be written; the interface of `streaming.Buffers`."""
@@ -80,7 +81,8 @@ def run(
 
     x = TorchArrays(device)
     work = spans(alignment, block, span_bytes=1 << 62)
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    cuda = device.type == "cuda"
+    copies = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
     free = deque(Slot(device, len(alignment.checkpoints)) for _ in range(SLOTS))
     reading: deque[tuple[Window, Slot, Future[Any]]] = deque()
     upcoming = ((alignment.tensors[span.tensor], window) for span in work for window in _windows(alignment, span, block))

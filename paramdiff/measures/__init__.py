@@ -63,7 +63,7 @@ def portable(measures: Sequence[Measure]) -> list[str | Measure]:
 
 def restored(named: Sequence[str | Measure]) -> list[Measure]:
     """The inverse of `portable`."""
-    return [cast(Measure, import_module(item)) if isinstance(item, str) else item for item in named]
+    return [cast("Measure", import_module(item)) if isinstance(item, str) else item for item in named]
 
 
 def fold(

@@ -200,7 +200,7 @@ class PairBlock:
             return self.a64, self.energies[0], beyond
         whole = self._whole(0)
         energy = x.dot(whole, whole)
-        if math.isfinite(energy):
+        if math.isfinite(energy) and self.finite is None:
             return whole, energy, 0
         finite = x.isfinite(whole)
         beyond = self.numel - x.count(finite)

@@ -57,8 +57,9 @@ def tables(acc: Accumulator, tensor: Aligned) -> dict[str, list[dict[str, Any]]]
 def _counts(acc: Accumulator, tensor: Aligned, axis: str) -> np.ndarray[Any, Any] | None:
     if not tensor.is_matrix:
         return None
-    empty: np.ndarray[Any, Any] = np.zeros(tensor.rows if axis == "rows" else tensor.cols, dtype=np.int64)
-    return acc.arrays.get(axis, empty)
+    empty = np.zeros(tensor.rows if axis == "rows" else tensor.cols, dtype=np.int64)
+    counts: np.ndarray[Any, Any] = acc.arrays.get(axis, empty)
+    return counts
 
 
 def _top_share(counts: np.ndarray[Any, Any]) -> float | None:
