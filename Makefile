@@ -23,7 +23,8 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-docs: $(READY)  ## docs/columns.md from paramdiff/columns.py
+docs: $(READY)  ## docs/columns.md from paramdiff/columns.py, and the README's picture
+	$(BIN)/python docs/make_pictures.py
 	$(BIN)/python -c "from paramdiff.columns import markdown; print(markdown(), end='')" > docs/columns.md
 
 bench: $(READY)  ## side by side with other tools: needs 10 GB of disk and half an hour

@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from paramdiff import Diff
 
 KINDS = ("embedding", "attention", "mlp", "norm", "head", "other")
@@ -61,6 +63,18 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
+def show(console: Console, diff: Diff) -> None:
+    """Everything that `paramdiff sparsity` says."""
+    console.print(heading(diff))
+    console.print(overall(diff))
+    console.print(rolled_up(diff, "kind"))
+    if diff.tensors["layer"].drop_nulls().len():
+        console.print(rolled_up(diff, "layer"))
+    for line in coverage(diff):
+        console.print(line, soft_wrap=True)
+    console.print(cost(diff), soft_wrap=True)
+
+
 def heading(diff: Diff) -> Text:
     summary = diff.summary()
     types = summary["dtype_base"], summary["dtype_tuned"]
@@ -93,7 +107,7 @@ def overall(diff: Diff) -> Table:
     for side in ("base", "tuned"):
         if summary[f"nonfinite_{side}"]:
             caption.append(f"{summary[f'nonfinite_{side}']:,} NaN or infinite in the {side} side")
-    table.caption, table.caption_justify = " · ".join(caption), "left"
+    table.caption, table.caption_justify = " · ".join(caption) + "\n", "left"
     return table
 
 

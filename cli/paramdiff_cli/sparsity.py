@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from paramdiff_cli import options, sink
-
-if TYPE_CHECKING:
-    from paramdiff import Diff
 
 
 def sparsity(
@@ -52,20 +47,9 @@ def sparsity(
     if json:
         sink.print_json(diff.summary())
     elif not quiet:
-        _show(diff, out)
+        from paramdiff_cli import render
 
-
-def _show(diff: Diff, out: str | None) -> None:
-    from paramdiff_cli import render
-
-    console = sink.console()
-    console.print(render.heading(diff))
-    console.print(render.overall(diff))
-    console.print(render.rolled_up(diff, "kind"))
-    if diff.tensors["layer"].drop_nulls().len():
-        console.print(render.rolled_up(diff, "layer"))
-    for line in render.coverage(diff):
-        console.print(line, soft_wrap=True)
-    console.print(render.cost(diff), soft_wrap=True)
-    if out is not None:
-        console.print(f"Tables written to {out}", markup=False, soft_wrap=True)
+        console = sink.console()
+        render.show(console, diff)
+        if out is not None:
+            console.print(f"Tables written to {out}", markup=False, soft_wrap=True)

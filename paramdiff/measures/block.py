@@ -148,10 +148,6 @@ class PairBlock:
         return self._finite_only(self.raw_a)
 
     @cached_property
-    def b(self) -> Array:
-        return self._finite_only(self.raw_b)
-
-    @cached_property
     def delta(self) -> Array:
         return self._finite_only(self.raw_delta)
 
