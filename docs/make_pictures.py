@@ -6,11 +6,11 @@ import io
 import re
 from pathlib import Path
 
+from paramdiff_cli import render
 from rich.console import Console
 from rich.text import Text
 
 import paramdiff
-from paramdiff_cli import render
 
 COMMAND = "paramdiff sparsity sample_data/base sample_data/rl-sgd --tol 1e-5"
 

@@ -22,6 +22,7 @@ NOTIONS = (
     ("changed_bf16", "sparsity_bf16", "after rounding to bf16"),
 )
 LISTED = 3  # names shown for each reason in the coverage
+LONGEST = 200  # characters of a name
 REASONS = {
     "only_base": "only in the base",
     "only_tuned": "only in the tuned side",
@@ -35,13 +36,17 @@ REASONS = {
 def make_table(columns: Sequence[str], *, right_from: int = 1, title: str | None = None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number >= right_from else "left", overflow="fold")
+        table.add_column(plain(column), justify="right" if number >= right_from else "left", overflow="fold")
     return table
 
 
 def plain(text: str) -> Text:
-    """Text from a file, never read as markup."""
-    return Text(text)
+    r"""Text from a file: never read as markup, and nothing in it reaches the terminal as a control code.
+
+    >>> print(plain("\x1b[31mred"))
+    \x1b[31mred
+    """
+    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 def percent(share: float | None) -> str:
@@ -135,7 +140,7 @@ def rolled_up(diff: Diff, key: str) -> Table:
     for row in rows:
         label = "outside" if row[key] is None else str(row[key])
         shares = [percent(row["sparsity"]), *(percent(row[f"sparsity[{t!r}]"]) for t in tolerances)]
-        cells = [label, str(row["tensors"]), f"{row['numel']:,}", f"{row['changed']:,}", *shares]
+        cells: list[str | Text] = [plain(label), str(row["tensors"]), f"{row['numel']:,}", f"{row['changed']:,}", *shares]
         table.add_row(*cells, number(row.get("rel_l2")), number(row.get("mean_abs_delta")))
     return table
 
@@ -152,7 +157,7 @@ def layers_by_modules(diff: Diff, column: str) -> Table:
         table.add_row(str(layer), *(shown(cell[column]) if cell else "" for cell in found))
     outside = [f"{module} {shown(row[column])}" for (layer, module), row in cells.items() if layer is None]
     if outside:
-        table.caption, table.caption_justify = "Outside layers: " + " · ".join(outside), "left"
+        table.caption, table.caption_justify = plain("Outside layers: " + " · ".join(outside)), "left"
     return table
 
 
@@ -163,7 +168,8 @@ def coverage(diff: Diff) -> Iterator[Text]:
         names = found[reason]
         if names:
             more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-            yield Text(f"{len(names)} tensor{'s' if len(names) > 1 else ''} {said}: {', '.join(names[:LISTED])}{more}")
+            listed = ", ".join(name[:LONGEST] + ("…" if len(name) > LONGEST else "") for name in names[:LISTED])
+            yield plain(f"{len(names)} tensor{'s' if len(names) > 1 else ''} {said}: {listed}{more}")
     if found["excluded"]:
         yield Text(f"{found['excluded']} tensors left out by --include/--exclude")
 

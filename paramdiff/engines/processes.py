@@ -71,9 +71,9 @@ def run(
 
 
 def _start() -> subprocess.Popen[bytes]:
-    # The worker imports what the parent can; -c instead of -m keeps the user's directory out of sys.path.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-c", "from paramdiff.engines.worker import main; main()"]
+    # The worker imports what the parent can, in the same order: -P adds no directory of its own.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    command = [sys.executable, "-P", "-c", "from paramdiff.engines.worker import main; main()"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
