@@ -14,7 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paramdiff.diff import Diff, compare, load
+    from paramdiff.comparing import compare
+    from paramdiff.diff import Diff, load
     from paramdiff.errors import (
         BrokenFile,
         ChangedWhileReading,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Diff": "diff", "compare": "diff", "load": "diff",
+    "Diff": "diff", "compare": "comparing", "load": "diff",
     "ParamdiffError": "errors", "CheckpointError": "errors", "NotFound": "errors", "UnsupportedFormat": "errors",
     "BrokenFile": "errors", "ChangedWhileReading": "errors", "PairingError": "errors", "NothingToCompare": "errors",
     "OptionError": "errors", "DeviceError": "errors", "OutputError": "errors",
