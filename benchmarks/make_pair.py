@@ -1,4 +1,4 @@
-"""Make checkpoints to compare: one base in the shape of Qwen2 and copies of it, each changed the way one kind of training does.
+"""Make checkpoints to compare: a base in the shape of Qwen2, and copies changed the way each kind of training does it.
 
     python benchmarks/make_pair.py OUT --params 0.8e9 --kind base,same,sgd,rl,sft --shards 2
 
@@ -185,7 +185,7 @@ def header(tensors: list[tuple[str, Shape]]) -> bytes:
 def make(out: Path, model: Model, kinds: list[str], shards: int, seed: int) -> None:
     tensors = model.tensors()
     groups = split(tensors, shards)
-    files = {}
+    files: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         files |= dict.fromkeys((tensors[i][0] for i in group), file)

@@ -89,7 +89,7 @@ def patterns(x: Arrays, dtype: DType, raw: Array) -> Array:
 def values(x: Arrays, dtype: DType, bits: Array, compute: Compute) -> Array:
     """Bit patterns → values, exactly: float32 or float64 for floats, int64 for integers compared as such.
 
-    `U64` at or above 2^63 wraps in int64; differences stay right, and `as_float64` puts the magnitude back.
+    `U64` at or above 2^63 wraps in int64; `as_float64` puts the magnitude back.
     """
     if dtype.kind == "int":
         whole = _integers(x, dtype, bits)
@@ -106,9 +106,10 @@ def values(x: Arrays, dtype: DType, bits: Array, compute: Compute) -> Array:
 
 
 def as_float64(x: Arrays, dtype: DType, whole: Array) -> Array:
-    """int64 values of an integer type → float64, with wrapped `U64` unwrapped."""
-    value = x.cast(whole, x.f64)
-    return x.where(value < 0, value + 2.0**64, value) if dtype.name == "U64" else value
+    """int64 values of an integer type → float64, rounded once, with wrapped `U64` unwrapped."""
+    if dtype.name == "U64":
+        return x.cast((whole >> 32) & 0xFFFFFFFF, x.f64) * 2.0**32 + x.cast(whole & 0xFFFFFFFF, x.f64)
+    return x.cast(whole, x.f64)
 
 
 def sign_and_magnitude(x: Arrays, dtype: DType, bits: Array) -> tuple[Array, int]:

@@ -19,7 +19,9 @@ EMBEDDINGS |= {"tok_embeddings", "embed_positions", "shared", "patch_embed", "pa
 EXPERTS = {"experts", "shared_expert", "shared_experts"}
 NORM = re.compile(r"norm|^ln(_|\d|$)|layer_?norm|rms", re.IGNORECASE)
 ATTENTION = re.compile(r"att(n|ention)|^(q|k|v|o|qkv|kv|query|key|value|out)_proj$|^c_attn$|^query_key_value$|^w[qkvo]$")
-MLP = re.compile(r"mlp|ffn|feed_?forward|experts?|^(gate|up|down|gate_up)_proj$|^w[123]$|^fc[12]?$|^dense_(4h|h)|router")
+MLP = re.compile(
+    r"mlp|moe|^ff(n|_|$)|ffn|feed_?forward|intermediate|experts?|^(gate|up|down|gate_up)_proj$|^w[123]$|^fc[12]?$|^dense_(4h|h)|router"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +68,17 @@ def place(name: str) -> Place:
         words.pop()
     leaf = words[-1] if words else name
     expert = _number_after(parts, "experts")
-    layer = next((int(p) for i, p in enumerate(parts) if p.isdecimal() and (i == 0 or parts[i - 1] != "experts")), None)
+    layer = next((int(p) for i, p in enumerate(parts) if _is_number(p) and (i == 0 or parts[i - 1] != "experts")), None)
     owner = next((word for word in words[:-1] if word in EXPERTS), None)
     return Place(layer, f"{owner}.{leaf}" if owner else leaf, _kind(words, leaf), expert)
 
 
+def _is_number(part: str) -> bool:
+    return part.isdecimal() and len(part) < 10  # longer ones are no layer, and Python refuses to read very long ones
+
+
 def _number_after(parts: list[str], word: str) -> int | None:
-    return next((int(b) for a, b in itertools.pairwise(parts) if a == word and b.isdecimal()), None)
+    return next((int(b) for a, b in itertools.pairwise(parts) if a == word and _is_number(b)), None)
 
 
 def _kind(words: list[str], leaf: str) -> str:
@@ -82,10 +88,12 @@ def _kind(words: list[str], leaf: str) -> str:
         return "embedding"
     if leaf in HEADS and len(words) <= 2:
         return "head"
-    for kind, pattern in (("attention", ATTENTION), ("mlp", MLP)):
-        if any(pattern.search(word) for word in reversed(words)):
-            return kind
-    return "other"
+    for word in reversed(words):  # the innermost part that says something
+        if ATTENTION.search(word):
+            return "attention"
+        if MLP.search(word):
+            return "mlp"
+    return "mlp" if "output" in words else "other"  # BERT's feed-forward: layer.N.intermediate, layer.N.output
 
 
 def is_head(name: str) -> bool:

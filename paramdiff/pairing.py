@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from paramdiff import names
 from paramdiff.checkpoints import Checkpoint, TensorInfo
@@ -118,8 +118,12 @@ def align(
             side = "base" if name in sides["base"] else "tuned"
             plan.coverage.append(_left_out(name, side, sides[side][name], f"only_{side}", ""))
         else:
-            tied_to = _tied_to(name, sides, (base, tuned))
-            _pair(plan, name, infos, rule, tied_to if tied_to and wanted(tied_to) else None, resized)
+            _pair(plan, name, infos, rule, resized)
+    compared = {tensor.name for tensor in plan.tensors}
+    for number, tensor in enumerate(plan.tensors):
+        tied_to = _tied_to(tensor.name, sides, (base, tuned))
+        if tied_to in compared:
+            plan.tensors[number] = replace(tensor, duplicate_of=tied_to)
     if not plan.tensors:
         raise NothingToCompare(_nothing_in_common(plan, base, tuned), hint=_look(base, tuned))
     return plan
@@ -145,10 +149,13 @@ def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str
     """Whether a name passes: it matches one of `include` (if any) and none of `exclude`. Raises `OptionError`."""
 
     def compiled(patterns: Sequence[str], option: str) -> list[re.Pattern[str]]:
-        try:
-            return [re.compile(pattern) for pattern in patterns]
-        except re.error as error:
-            raise OptionError(f"{option} is not a regular expression: {error}.") from error
+        made = []
+        for pattern in patterns:
+            try:
+                made.append(re.compile(pattern))
+            except (re.error, OverflowError, RecursionError) as error:
+                raise OptionError(f"{option} {pattern[:80]!r} is not a regular expression: {error}.") from error
+        return made
 
     wanted, unwanted = compiled(include, "--include"), compiled(exclude, "--exclude")
 
@@ -185,12 +192,13 @@ def _embedding_of(table: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _ties(checkpoint: Checkpoint) -> bool | None:
-    """Whether config.json says that input embedding and head are one parameter; None where there is no config."""
-    if checkpoint.config is None:
-        return None
-    text = checkpoint.config.get("text_config")
-    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    return bool(checkpoint.config.get("tie_word_embeddings", nested or False))
+    """Whether config.json says that input embedding and head are one parameter; None where it does not say."""
+    config = checkpoint.config or {}
+    text = config.get("text_config")
+    for source in (config, text if isinstance(text, dict) else {}):
+        if isinstance(source.get("tie_word_embeddings"), bool):
+            return bool(source["tie_word_embeddings"])
+    return None
 
 
 def _tied_to(
@@ -211,9 +219,7 @@ def _tied_to(
     return _embedding_of(sides["base"]) or _embedding_of(sides["tuned"])
 
 
-def _pair(
-    plan: Alignment, name: str, infos: tuple[TensorInfo, TensorInfo], rule: str, duplicate_of: str | None, resized: bool
-) -> None:
+def _pair(plan: Alignment, name: str, infos: tuple[TensorInfo, TensorInfo], rule: str, resized: bool) -> None:
     a, b = infos
     compute = compute_type(a.type, b.type)
     if compute is None:
@@ -242,7 +248,7 @@ def _pair(
                 longer.numel - math.prod(shape),
             )
         )
-    plan.tensors.append(Aligned(name, infos, shape, rule, compute, duplicate_of))
+    plan.tensors.append(Aligned(name, infos, shape, rule, compute))
 
 
 def _is_resized_vocabulary(name: str, a: TensorInfo, b: TensorInfo) -> bool:

@@ -35,12 +35,14 @@ def locate(ref: str) -> Located:
     A directory is read as transformers reads it: `model.safetensors`, else the index, else one complete set of shards,
     else the only file there is. Leftovers are named in `warnings`. Raises `NotFound`, `UnsupportedFormat` or `BrokenFile`.
     """
-    path = Path(ref).expanduser()
     try:
+        path = Path(ref).expanduser()
         if path.is_dir():
             return _directory(ref, path)
         if not path.exists():
             raise _no_such_path(ref)
+    except RuntimeError as error:
+        raise NotFound(f"No such path: {ref} (there is no such user).") from error
     except OSError as error:  # a parent that may not be searched, a name that is too long
         raise NotFound(f"Cannot look at {ref}: {error.strerror}.") from error
     if path.name.endswith(INDEX_SUFFIX):
@@ -57,7 +59,7 @@ def read_config(directory: str) -> dict[str, Any] | None:
     """config.json beside the weights, or None: it is a help in pairing, never a condition."""
     try:
         config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None
 
@@ -66,9 +68,14 @@ def _no_such_path(ref: str) -> CheckpointError:
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref) and not ref.startswith("."):
         return NotFound(
             f"No such path: {ref}.",
-            hint=f"If it is a Hub id: this version reads local files only, so run `hf download {ref}` first.",
+            hint=f"If it is a Hub id: this version reads local files only, so run `{_download(ref)}` first.",
         )
     return NotFound(f"No such path: {ref}.", hint="Give a checkpoint's directory or one of its files.")
+
+
+def _download(ref: str) -> str:
+    repository, _, revision = ref.partition("@")
+    return f"hf download {repository}" + (f" --revision {revision}" if revision else "")
 
 
 def _directory(ref: str, path: Path) -> Located:
@@ -118,7 +125,7 @@ def _from_index(index: Path, weights: list[str] | None = None) -> Located:
         content = json.loads(index.read_text(encoding="utf-8"))
         weight_map = content["weight_map"]
         shards = sorted(set(weight_map.values()))
-        if not all(isinstance(name, str) and Path(name).name == name for name in shards):
+        if not all(isinstance(name, str) and Path(name).name == name and len(name.encode()) < 256 for name in shards):
             raise ValueError("a shard's name is not a plain file name")
     except OSError as error:
         raise BrokenFile(f"Cannot read {index}: {error.strerror}.") from error

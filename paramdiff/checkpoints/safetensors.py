@@ -12,6 +12,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from paramdiff.checkpoints.base import Located, TensorInfo
@@ -54,11 +55,13 @@ class SafetensorsCheckpoint:
 
     def _add_file(self, path: str, shard_of: dict[str, str] | None) -> None:
         try:
-            fd = os.open(path, os.O_RDONLY)
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in a file's place must not hang
             self._fds.append(fd)
             stat = os.fstat(fd)
         except OSError as error:
             raise BrokenFile(f"Cannot read {path}: {error.strerror}.") from error
+        if not S_ISREG(stat.st_mode):
+            raise BrokenFile(f"{path} is not a regular file.")
         self._stats.append(stat)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -206,10 +209,12 @@ def _entry(name: str, value: Any, data_bytes: int, path: str) -> tuple[TensorInf
         dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise BrokenFile(f"Tensor {name!r} in {path} lacks a dtype, a shape or two data_offsets.") from error
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise BrokenFile(f"Tensor {name!r} in {path} has the unknown dtype {str(dtype)[:40]!r}.")
     if not (isinstance(shape, list) and all(_whole(n) for n in shape) and _whole(start) and _whole(end)):
         raise BrokenFile(f"Tensor {name!r} in {path} has a shape or offsets that are not whole numbers from 0 up.")
+    if not all(n < 1 << 63 for n in (*shape, start, end)):
+        raise BrokenFile(f"Tensor {name!r} in {path} has a shape or offsets beyond 2^63.")
     info = TensorInfo(name, dtype, tuple(shape))
     if not start <= end <= data_bytes:
         raise BrokenFile(

@@ -90,7 +90,11 @@ class PairBlock:
     @cached_property
     def raw_delta(self) -> Array:
         delta = self.exact[1] - self.exact[0]
-        return self.x.cast(delta, self.x.f64) if self.tensor.compute == "i64" else delta
+        if self.tensor.compute != "i64":
+            return delta
+        # Exact in int64 unless that overflows, which the float64 difference shows.
+        rough = self.raw_b - self.raw_a
+        return self.x.where(abs(rough) < 2.0**62, self.x.cast(delta, self.x.f64), rough)
 
     @cached_property
     def finite(self) -> Array | None:

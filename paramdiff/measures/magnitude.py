@@ -110,7 +110,7 @@ def _joint_histogram(block: PairBlock) -> tuple[Array, Array] | None:
     keys &= -DELTA_BINS  # the ratio bin, times DELTA_BINS
     np.clip(keys, 0, (RATIO_BINS - 1) * DELTA_BINS, out=keys)
     keys += d_bits >> 23
-    joint = np.bincount(keys, minlength=RATIO_BINS * DELTA_BINS).reshape(RATIO_BINS, DELTA_BINS)
+    joint = block.x.histogram(keys, RATIO_BINS * DELTA_BINS).reshape(RATIO_BINS, DELTA_BINS)
     unmoved = block.moved_numel - block.changed_count
     if joint[:, 0].sum() != unmoved:  # subnormal Δ beside those that are zero
         return None

@@ -317,7 +317,7 @@ def test_warnings_go_to_stderr(tmp_path: Path, more: list[str]) -> None:
     assert done.returncode == 0
     assert done.stderr.startswith("paramdiff: warning: ")
     assert "old.safetensors" in done.stderr
-    assert "warning" not in done.stdout
+    assert "warning:" not in done.stdout
     assert "old.safetensors" not in done.stdout
 
 
