@@ -127,6 +127,7 @@ def render(table: list[dict[str, Any]]) -> str:
         "kind": "kind",
         "contestant": "contestant",
         "seconds": "s",
+        "slowest_seconds": "slowest, s",
         "pass_seconds": "pass, s",
         "peak_mb": "peak MB",
         "anonymous_mb": "without mapped files",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from paramdiff import engines, names
@@ -22,6 +23,7 @@ class Collected:
     rows: list[dict[str, Any]]
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     device: str = "cpu"
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
     bytes_read: int = 0
     seconds: float = 0.0
 
@@ -39,7 +41,7 @@ def collect(
 
     Raises what reading raises (`BrokenFile`, `ChangedWhileReading`) and `DeviceError`.
     """
-    began = time.perf_counter()
+    began, started = time.perf_counter(), datetime.now(UTC)
     total = sum(span.nbytes for span in spans(alignment))
     missing = {index: tensor.numel for index, tensor in enumerate(alignment.tensors)}
     partial: dict[int, dict[str, Accumulator]] = {}
@@ -54,7 +56,7 @@ def collect(
             progress(done, total)
         if not missing[span.tensor]:
             finished[span.tensor] = _finish(alignment.tensors[span.tensor], measures, options, partial.pop(span.tensor))
-    collected = Collected([], device=used, bytes_read=done)
+    collected = Collected([], device=used, started=started, bytes_read=done)
     for index, tensor in enumerate(alignment.tensors):
         if index not in finished:  # a tensor without elements has no spans
             finished[index] = _finish(tensor, measures, options, {measure.NAME: Accumulator() for measure in measures})

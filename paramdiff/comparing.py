@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
 from os import PathLike, fspath
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paramdiff import checkpoints
-from paramdiff.collect import Progress, collect
+from paramdiff.collect import Collected, Progress, collect
 from paramdiff.measures import MEASURES, Measure, make_options, select
-from paramdiff.pairing import align
+from paramdiff.pairing import Alignment, align
 
 if TYPE_CHECKING:
     from paramdiff.diff import Diff
@@ -54,8 +53,6 @@ def compare(
     >>> diff.summary()["changed"]
     105071
     """
-    # polars takes longer to import than a small model to compare: let it, beside the reading.
-    Thread(target=import_module, args=("paramdiff.diff",)).start()
     options = make_options(tolerances, compat)
     chosen = select(measures, options)
     sides: list[checkpoints.Checkpoint] = []
@@ -63,32 +60,42 @@ def compare(
         for ref in (base, tuned):
             sides.append(checkpoints.open(fspath(ref)))
         alignment = align(sides[0], sides[1], include=include, exclude=exclude, resized=compat is None)
-        began = datetime.now(UTC)
-        result = collect(alignment, chosen, options, device=device, threads=threads, progress=progress)
+        # polars takes longer to import than a small model to compare: let it, beside the reading.
+        background = Thread(target=import_module, args=("paramdiff.diff",))
+        background.start()
+        try:
+            result = collect(alignment, chosen, options, device=device, threads=threads, progress=progress)
+        finally:
+            background.join()
     finally:
         for side in sides:
             side.close()
+    asked = {
+        "measures": [measure.NAME for measure in chosen],
+        "tolerances": list(options.tolerances),
+        "include": list(include),
+        "exclude": list(exclude),
+        "compat": compat,
+    }
+    return _diff(alignment, result, asked)
+
+
+def _diff(alignment: Alignment, result: Collected, asked: dict[str, Any]) -> Diff:
     from paramdiff import tables
     from paramdiff.diff import Diff
 
+    base, tuned = alignment.checkpoints
     frames = {"tensors": tables.frame("tensors", result.rows)}
     frames |= {name: tables.frame(name, rows) for name, rows in result.tables.items()}
     frames["coverage"] = tables.coverage_frame(alignment.coverage)
+    packages = ("paramdiff", "numpy", "polars", "torch")
     run = {
-        "base": sides[0].facts(),
-        "tuned": sides[1].facts(),
-        "options": {
-            "measures": [measure.NAME for measure in chosen],
-            "tolerances": list(options.tolerances),
-            "include": list(include),
-            "exclude": list(exclude),
-            "compat": compat,
-            "device": result.device,
-        },
-        "warnings": [warning for side in sides for warning in side.warnings],
-        "versions": {name: version(name) for name in ("paramdiff", "numpy", "polars")}
-        | {"python": platform.python_version()},
-        "started": began.isoformat(timespec="seconds"),
+        "base": base.facts(),
+        "tuned": tuned.facts(),
+        "options": asked | {"device": result.device},
+        "warnings": [*base.warnings, *tuned.warnings],
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "started": result.started.isoformat(timespec="seconds"),
         "bytes_read": result.bytes_read,
         "seconds": round(result.seconds, 6),
         "tables": list(frames),

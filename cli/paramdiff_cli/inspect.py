@@ -38,10 +38,12 @@ def inspect(
     if json:
         sink.print_json(_facts(checkpoint, shown))
     else:
+        from paramdiff_cli import render
+
         console = sink.console()
         facts = _facts(checkpoint, shown)
         types = ", ".join(f"{count:,} in {dtype}" for dtype, count in facts["dtypes"].items())
-        console.print(f"{ref}: {facts['format']}, {len(facts['files'])} file(s)", markup=False, soft_wrap=True)
+        console.print(render.plain(f"{ref}: {facts['format']}, {len(facts['files'])} file(s)"), soft_wrap=True)
         console.print(f"{len(shown)} tensors, {facts['numel']:,} elements ({types}), {facts['bytes']:,} bytes of data")
         console.print(_table(shown))
     checkpoint.close()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from paramdiff_cli import inspect, layers, sparsity
+from paramdiff_cli import inspect, layers, sink, sparsity
 
 app = typer.Typer(
     name="paramdiff",
@@ -22,9 +24,37 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-app.command("sparsity")(sparsity.sparsity)
-app.command("layers")(layers.layers)
-app.command("inspect")(inspect.inspect)
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with every expected failure turned into one sentence on stderr and an exit code.
+
+    This has to happen inside typer, which would otherwise end Ctrl-C without a word and a closed pipe with code 1.
+    """
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            _fail("Interrupted; nothing was written.", 130)
+        except BrokenPipeError:  # `paramdiff … | head`: the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        except (MemoryError, OSError) as error:
+            _fail(str(error) or "Out of memory.", 2)
+        except Exception as error:
+            from paramdiff.errors import NothingToCompare, ParamdiffError
+
+            if not isinstance(error, ParamdiffError):
+                raise
+            _fail(str(error), 3 if isinstance(error, NothingToCompare) else 2)
+
+    return run
+
+
+for command in (sparsity.sparsity, layers.layers, inspect.inspect):
+    app.command(command.__name__)(guarded(command))
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,27 +77,21 @@ def _options(
 
 
 def main() -> None:
-    """Run the command; every expected error ends as one sentence on stderr."""
+    """Run the command line."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: 2>&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long-lived as the stream it stands in for
+        getattr(sys, name).reconfigure(errors="replace")  # a terminal without UTF-8 gets question marks, not a traceback
     # "paramdiff sparsity … --debug" is what people type when something failed.
     if "--debug" in sys.argv[1:]:
         sys.argv = [sys.argv[0], "--debug", *(arg for arg in sys.argv[1:] if arg != "--debug")]
-    try:
-        app()
-    except KeyboardInterrupt:
-        _fail("Interrupted; nothing was written.", 130)
-    except BrokenPipeError:  # `paramdiff … | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(0) from None
-    except Exception as error:
-        from paramdiff.errors import NothingToCompare, ParamdiffError
-
-        if not isinstance(error, (ParamdiffError, MemoryError, OSError)):
-            raise
-        _fail(str(error) or "Out of memory.", 3 if isinstance(error, NothingToCompare) else 2)
+    app()
 
 
-def _fail(sentence: str, code: int) -> None:
+def _fail(sentence: str, code: int) -> NoReturn:
     if os.environ.get("PARAMDIFF_DEBUG"):
-        raise
-    print(f"paramdiff: {sentence}", file=sys.stderr)
+        import traceback
+
+        traceback.print_exc()
+    print(f"paramdiff: {sink.printable(sentence)}", file=sys.stderr)
     raise SystemExit(code) from None

@@ -10,6 +10,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from paramdiff_cli import sink
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -41,12 +43,8 @@ def make_table(columns: Sequence[str], *, right_from: int = 1, title: str | None
 
 
 def plain(text: str) -> Text:
-    r"""Text from a file: never read as markup, and nothing in it reaches the terminal as a control code.
-
-    >>> print(plain("\x1b[31mred"))
-    \x1b[31mred
-    """
-    return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+    """Text from a file: never read as markup, and without control codes."""
+    return Text(sink.printable(text))
 
 
 def percent(share: float | None) -> str:
@@ -84,9 +82,10 @@ def heading(diff: Diff) -> Text:
     summary = diff.summary()
     types = summary["dtype_base"], summary["dtype_tuned"]
     said = f"both sides stored in {types[0]}" if types[0] == types[1] else f"base stored in {types[0]}, tuned in {types[1]}"
+    plural = "" if summary["tensors"] == 1 else "s"
     return Text(
-        f"base   {summary['base']}\ntuned  {summary['tuned']}\n"
-        f"{summary['numel']:,} parameters in {summary['tensors']} tensors; {said}; compared in {_arithmetic(types)}"
+        f"base   {sink.printable(summary['base'])}\ntuned  {sink.printable(summary['tuned'])}\n"
+        f"{summary['numel']:,} parameters in {summary['tensors']} tensor{plural}; {said}; compared in {_arithmetic(types)}"
     )
 
 

@@ -14,20 +14,33 @@ if TYPE_CHECKING:
     from paramdiff import Diff
 
 
+WIDTH = 160  # where the output is no terminal
+
+
 def console(stderr: bool = False) -> Console:
-    """A rich console that keeps lines whole when the output is a file or a pipe."""
+    """A rich console, as wide as the terminal. A closed pipe is an exception, not an exit."""
     from rich.console import Console
 
+    class Quitting(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     stream = sys.stderr if stderr else sys.stdout
-    made = Console(stderr=stderr, highlight=False)
-    if not stream.isatty():
-        made = Console(stderr=stderr, highlight=False, width=120)
-    return made
+    return Quitting(stderr=stderr, highlight=False, width=None if stream.isatty() else WIDTH)
+
+
+def printable(text: str) -> str:
+    r"""Text from a file or a user, with control codes and other unprintable characters escaped.
+
+    >>> print(printable("\x1b[31mred"))
+    \x1b[31mred
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_json(data: Any) -> None:
     """One JSON object on stdout. Numbers that JSON lacks (infinity, NaN) become null."""
-    print(json.dumps(_plain(data), ensure_ascii=False, allow_nan=False))
+    print(json.dumps(_plain(data), allow_nan=False))
 
 
 def _plain(data: Any) -> Any:
@@ -40,7 +53,7 @@ def _plain(data: Any) -> Any:
 
 def warn(sentences: list[str]) -> None:
     for sentence in sentences:
-        print(f"paramdiff: warning: {sentence}", file=sys.stderr)
+        print(f"paramdiff: warning: {printable(sentence)}", file=sys.stderr)
 
 
 @contextmanager

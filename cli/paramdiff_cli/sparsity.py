@@ -52,4 +52,4 @@ def sparsity(
         console = sink.console()
         render.show(console, diff)
         if out is not None:
-            console.print(f"Tables written to {out}", markup=False, soft_wrap=True)
+            console.print(render.plain(f"Tables written to {out}"), soft_wrap=True)

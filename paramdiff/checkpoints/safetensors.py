@@ -205,6 +205,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _entry(name: str, value: Any, data_bytes: int, path: str) -> tuple[TensorInfo, int, int]:
+    if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
+        raise BrokenFile(f"A tensor's name in {path} is no valid Unicode: {name!r}.")
     try:
         dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from paramdiff.engines.threads import Result, cores
+from paramdiff.engines.threads import Result, cores, next_of
 from paramdiff.errors import ParamdiffError
 from paramdiff.measures import Measure, Options, portable
 from paramdiff.pairing import Alignment
@@ -52,7 +52,7 @@ def run(
             for _ in range(min(QUEUED, len(pending))):
                 _send(worker, pickle.dumps(pending.popleft()))
         for _ in work:
-            worker, result = done.get()
+            worker, result = next_of(done)
             if isinstance(result, BaseException):
                 raise result
             if pending:

@@ -55,7 +55,7 @@ def run(
             thread.start()
         try:
             for _ in work:
-                result = done.get()
+                result = next_of(done)
                 if isinstance(result, BaseException):
                     raise result
                 yield result
@@ -63,6 +63,15 @@ def run(
             stop.set()
             for thread in crew:
                 thread.join()
+
+
+def next_of(done: queue.SimpleQueue[Any]) -> Any:
+    """The next item, awaited in steps: a wait without end may outlast Ctrl-C where a library has its own SIGINT handler."""
+    while True:
+        try:
+            return done.get(timeout=0.5)
+        except queue.Empty:
+            continue
 
 
 def _work(
