@@ -13,8 +13,6 @@ Signed integers are used for bit patterns throughout, because torch has no arith
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -103,13 +101,7 @@ class NumpyArrays:
         return np.clip(a, low, high)
 
     def histogram(self, keys: Array, bins: int) -> Array:
-        if bins > 1 << 16 or keys.size < SORT_FROM or not sorting_is_fast():
-            return np.bincount(keys, minlength=bins)
-        ordered = np.sort(keys.astype(np.uint16))
-        starts = np.concatenate([[0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1])
-        counts = np.zeros(bins, dtype=np.int64)
-        counts[ordered[starts]] = np.diff(starts, append=ordered.size)
-        return counts
+        return np.bincount(keys, minlength=bins)
 
     def lookup(self, table: np.ndarray[Any, Any], codes: Array) -> Array:
         return table.take(codes)
@@ -141,10 +133,6 @@ class NumpyArrays:
         # Counting against rising powers of two is ten times cheaper per pass than a bincount, most of all on bytes; and
         # training moves most weights by few ulps, so that bytes tell nearly everything.
         counts = np.zeros(bins, dtype=np.int64)
-        if a.itemsize == 2 and a.size >= SORT_FROM and sorting_is_fast():
-            edges = np.searchsorted(np.sort(a), np.array([0, *(1 << k for k in range(16))], dtype=a.dtype), side="right")
-            counts[:18] = np.diff(edges, prepend=0, append=a.size)
-            return counts
         small = a.astype(np.uint8)
         if a.itemsize > 1:
             small |= np.negative((a > 255).view(np.uint8))  # all that is larger becomes 255 (minimum() is no SIMD loop)
@@ -266,30 +254,6 @@ class TorchArrays:
             return a
         host = a.detach().cpu()
         return host.item() if host.ndim == 0 else host.numpy()
-
-
-SORT_FROM = 1 << 14  # keys; below this nothing takes long
-
-
-@cache
-def sorting_is_fast() -> bool:
-    """Whether numpy sorts 16-bit integers faster than it counts them, found by trying both for a millisecond.
-
-    With AVX-512 its sort takes 0.3 ns per element and a bincount 1.1 ns; without, the sort takes 10 ns and more. The
-    counts are the same either way.
-    """
-    keys = (np.arange(SORT_FROM, dtype=np.uint32) * 2654435761 >> 20).astype(np.uint16)
-    wide = keys.astype(np.int32)
-
-    def best(work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(3):
-            began = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - began)
-        return min(times)
-
-    return best(lambda: np.sort(keys)) < 0.7 * best(lambda: np.bincount(wide, minlength=1 << 16))
 
 
 @cache
