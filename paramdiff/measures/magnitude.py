@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from paramdiff.arrays import Array
+from paramdiff.arrays import Array, Arrays
 from paramdiff.measures.accumulator import Accumulator
 from paramdiff.measures.block import PairBlock
 from paramdiff.measures.options import Options
@@ -92,16 +92,21 @@ def _histograms(block: PairBlock) -> tuple[Array, Array]:
         joint = _joint_histogram(block)
         if joint is not None:
             return joint
-    return _histograms_float64(block)
+    return _histograms_float64(block.x, block.delta64, block.a64)
 
 
 def _joint_histogram(block: PairBlock) -> tuple[Array, Array] | None:
     """Both histograms from one count over (ratio bin, exponent of Δ), in integer arithmetic on the float32 patterns.
 
     For normal numbers d = m_d·2^e_d and a = m_a·2^e_a, ⌊log₂(d/a)⌋ = e_d − e_a − [m_d < m_a], which is the difference of
-    the patterns, shifted down. None where a zero or subnormal base or a subnormal Δ makes this untrue.
+    the patterns, shifted down. Elements with a zero or subnormal base are counted apart; None where they are many, or where
+    a Δ is subnormal.
     """
-    if block.finite is not None or block.abs_a.min(initial=math.inf) < SMALLEST_NORMAL:
+    x = block.x
+    if block.finite is not None:
+        return None
+    odd = np.flatnonzero(block.abs_a < SMALLEST_NORMAL)
+    if odd.size > block.moved_numel // 8:
         return None
     d_bits = block.abs_delta.view(np.int32)
     keys = d_bits - block.abs_a.view(np.int32)
@@ -110,18 +115,19 @@ def _joint_histogram(block: PairBlock) -> tuple[Array, Array] | None:
     keys &= -DELTA_BINS  # the ratio bin, times DELTA_BINS
     np.clip(keys, 0, (RATIO_BINS - 1) * DELTA_BINS, out=keys)
     keys += d_bits >> 23
-    joint = block.x.histogram(keys, RATIO_BINS * DELTA_BINS).reshape(RATIO_BINS, DELTA_BINS)
-    unmoved = block.moved_numel - block.changed_count
-    if joint[:, 0].sum() != unmoved:  # subnormal Δ beside those that are zero
+    keys[odd] = 0
+    joint = x.histogram(keys, RATIO_BINS * DELTA_BINS).reshape(RATIO_BINS, DELTA_BINS)
+    still = block.moved_numel - block.changed_count - int(np.count_nonzero(block.delta[odd] == 0))
+    if joint[:, 0].sum() != still + odd.size:  # the exponent of 0 is also that of a subnormal Δ
         return None
     joint[:, 0] = 0
-    return joint.sum(axis=0), np.append(joint.sum(axis=1), 0)
+    apart = _histograms_float64(x, block.delta64[odd], block.a64[odd])
+    return joint.sum(axis=0) + apart[0], np.append(joint.sum(axis=1), 0) + apart[1]
 
 
-def _histograms_float64(block: PairBlock) -> tuple[Array, Array]:
+def _histograms_float64(x: Arrays, delta: Array, base: Array) -> tuple[Array, Array]:
     """The same by way of float64, in which every float32, subnormals included, is normal; any backend."""
-    x = block.x
-    d_bits, a_bits = abs(block.delta64).view(x.i64), abs(block.a64).view(x.i64)
+    d_bits, a_bits = abs(delta).view(x.i64), abs(base).view(x.i64)
     zero = d_bits == 0
     exponent = x.clip((d_bits >> 52) - 1023, -DELTA_BIAS, DELTA_BINS - DELTA_BIAS - 1) + DELTA_BIAS
     ratio = x.clip((d_bits - a_bits) >> 52, -RATIO_BIAS, RATIO_BINS - RATIO_BIAS - 1) + RATIO_BIAS
