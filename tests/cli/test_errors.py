@@ -429,6 +429,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_names(tmp_path: Path, case: str, place: str) -> None:
@@ -449,6 +450,7 @@ def test_hostile_names(tmp_path: Path, case: str, place: str) -> None:
             assert HOSTILE[case] in re.sub(r"\s", "", done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_names_in_json_and_parquet(tmp_path: Path, case: str) -> None:
     name = HOSTILE[case]

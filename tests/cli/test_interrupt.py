@@ -27,6 +27,8 @@ from .helpers import (
     write_checkpoint,
 )
 
+pytestmark = pytest.mark.slow
+
 BASE = SAMPLE / "base"
 
 
