@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from os import PathLike, fspath
@@ -61,7 +62,7 @@ def compare(
             sides.append(checkpoints.open(fspath(ref)))
         alignment = align(sides[0], sides[1], include=include, exclude=exclude, resized=compat is None)
         # polars takes longer to import than a small model to compare: let it, beside the reading.
-        background = Thread(target=import_module, args=("paramdiff.diff",))
+        background = Thread(target=_import_tables)
         background.start()
         try:
             result = collect(alignment, chosen, options, device=device, threads=threads, progress=progress)
@@ -78,6 +79,12 @@ def compare(
         "compat": compat,
     }
     return _diff(alignment, result, asked)
+
+
+def _import_tables() -> None:
+    # If the program is ending meanwhile (Ctrl-C), the import fails; nobody needs it then, and nobody wants to read of it.
+    with suppress(Exception):
+        import_module("paramdiff.diff")
 
 
 def _diff(alignment: Alignment, result: Collected, asked: dict[str, Any]) -> Diff:
