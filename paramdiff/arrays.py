@@ -47,7 +47,6 @@ class Arrays(Protocol):
     def dot(self, a: Array, b: Array) -> Number: ...
     def total(self, a: Array) -> Number: ...
     def maximum(self, a: Array) -> Number: ...
-    def minimum(self, a: Array) -> Number: ...
     def clip(self, a: Array, low: int, high: int) -> Array: ...
     def histogram(self, keys: Array, bins: int) -> Array: ...
     def lookup(self, table: np.ndarray[Any, Any], codes: Array) -> Array: ...
@@ -58,6 +57,7 @@ class Arrays(Protocol):
     def row_counts(self, mask: Array, rows: int, cols: int) -> Array: ...
     def col_counts(self, mask: Array, rows: int, cols: int) -> Array: ...
     def to_host(self, a: Any) -> Any: ...
+    def scalars_to_host(self, values: list[Any], kind: Any) -> list[Any]: ...
 
 
 class NumpyArrays:
@@ -93,9 +93,6 @@ class NumpyArrays:
 
     def maximum(self, a: Array) -> Number:
         return a.max().item() if a.size else 0
-
-    def minimum(self, a: Array) -> Number:
-        return a.min().item() if a.size else 0
 
     def clip(self, a: Array, low: int, high: int) -> Array:
         return np.clip(a, low, high)
@@ -161,6 +158,9 @@ class NumpyArrays:
     def to_host(self, a: Any) -> Any:
         return a
 
+    def scalars_to_host(self, values: list[Any], kind: Any) -> list[Any]:
+        return values
+
 
 class TorchArrays:
     """torch on one device; results are queued, and only `to_host` waits."""
@@ -203,14 +203,14 @@ class TorchArrays:
     def maximum(self, a: Array) -> Number:
         return a.max() if a.numel() else self.torch.zeros((), dtype=a.dtype, device=a.device)
 
-    def minimum(self, a: Array) -> Number:
-        return a.min() if a.numel() else self.torch.zeros((), dtype=a.dtype, device=a.device)
-
     def clip(self, a: Array, low: int, high: int) -> Array:
         return a.clamp(low, high)
 
     def histogram(self, keys: Array, bins: int) -> Array:
-        return self.torch.bincount(keys, minlength=bins)
+        if keys.numel() > 1 << 24:  # beyond what float32 counts exactly
+            return self.torch.bincount(keys, minlength=bins)
+        # On a GPU bincount waits for the largest key; histc with given limits does not.
+        return self.torch.histc(keys.to(self.torch.float32), bins=bins, min=-0.5, max=bins - 0.5).to(self.torch.int64)
 
     def lookup(self, table: np.ndarray[Any, Any], codes: Array) -> Array:
         key = table.tobytes()
@@ -222,12 +222,11 @@ class TorchArrays:
         return bits.view(self.torch.float16).to(self.torch.float32)
 
     def ulps(self, a: Array, b: Array, width: int) -> Array:
-        # int64 holds every distance up to 32 bits; for float64 the distance between opposite signs can pass 2^63, and
-        # is counted in the last bin either way.
+        # int64 holds every distance up to 32 bits. For float64 the distance between opposite signs can reach 2^63 and wrap
+        # to a negative number, which `doubling_bins` reads as unsigned.
         magnitude = (1 << (width - 1)) - 1
         ma, mb = a.to(self.torch.int64) & magnitude, b.to(self.torch.int64) & magnitude
         far = ma + mb
-        far = self.torch.where(far < 0, self.torch.full_like(far, (1 << 63) - 1), far)
         signed = {8: self.torch.int8, 16: self.torch.int16, 32: self.torch.int32, 64: self.torch.int64}[width]
         return self.torch.where((a ^ b).view(signed) < 0, far, (ma - mb).abs())
 
@@ -240,7 +239,9 @@ class TorchArrays:
             lengths = lengths + big * shift
             rest = self.torch.where(big, high, rest)
         lengths = lengths + (rest > 0)
-        return self.torch.bincount(self.torch.where(a > 0, lengths + 1, 0).clamp(max=bins - 1), minlength=bins)
+        lengths = self.torch.where(a > 0, lengths + 1, 0)
+        unsigned = self.torch.where(a == -(1 << 63), 64, 65)
+        return self.histogram(self.torch.where(a < 0, unsigned, lengths).clamp(max=bins - 1), bins)
 
     def stack_fields(self, fields: list[Array]) -> Array:
         return self.torch.stack(fields, dim=1).reshape(-1)
@@ -254,8 +255,15 @@ class TorchArrays:
     def to_host(self, a: Any) -> Any:
         if not isinstance(a, self.torch.Tensor):
             return a
-        host = a.detach().cpu()
+        host = a.cpu()
         return host.item() if host.ndim == 0 else host.numpy()
+
+    def scalars_to_host(self, values: list[Any], kind: Any) -> list[Any]:
+        """All of them in one transfer."""
+        if not values:
+            return []
+        queued = [self.torch.as_tensor(v, device=self.device).to(kind).reshape(()) for v in values]
+        return list(self.torch.stack(queued).cpu().tolist())
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -48,14 +49,15 @@ def collect(
     finished: dict[int, tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]] = {}
     used, results = engines.run(alignment, measures, options, device=device, threads=threads)
     done = 0
-    for span, result in results:
-        merge(partial.setdefault(span.tensor, {}), result)
-        missing[span.tensor] -= span.numel
-        done += span.nbytes
-        if progress is not None:
-            progress(done, total)
-        if not missing[span.tensor]:
-            finished[span.tensor] = _finish(alignment.tensors[span.tensor], measures, options, partial.pop(span.tensor))
+    with closing(results):  # an exception on the way ends the workers
+        for span, result in results:
+            merge(partial.setdefault(span.tensor, {}), result)
+            missing[span.tensor] -= span.numel
+            done += span.nbytes
+            if progress is not None:
+                progress(done, total)
+            if not missing[span.tensor]:
+                finished[span.tensor] = _finish(alignment.tensors[span.tensor], measures, options, partial.pop(span.tensor))
     collected = Collected([], device=used, started=started, bytes_read=done)
     for index, tensor in enumerate(alignment.tensors):
         if index not in finished:  # a tensor without elements has no spans
@@ -94,6 +96,7 @@ def identity(tensor: Aligned) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "dtype_base": base.dtype,
         "dtype_tuned": tuned.dtype,
+        "compared_in": {"f32": "float32", "f64": "float64", "i64": "int64"}[tensor.compute],
         "numel": tensor.numel,
         "pairing_rule": tensor.rule,
         "name_base": base.name,

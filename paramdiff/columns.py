@@ -15,6 +15,7 @@ IDENTITY = {
     "shape": ("List(Int64)", "shape that was compared: the common part where a vocabulary was resized"),
     "dtype_base": ("String", "stored element type of the base, as safetensors names it"),
     "dtype_tuned": ("String", "stored element type of the tuned side"),
+    "compared_in": ("String", "arithmetic of the comparison: float32, float64 or int64"),
     "numel": ("Int64", "compared elements, n"),
     "pairing_rule": ("String", "same_name, wrapper_stripped, tied_head, resized_vocabulary, or several joined by +"),
     "name_base": ("String", "name under which the base stores it"),
@@ -27,11 +28,16 @@ CHANGE = {
     "sparsity": ("Float64", "unchanged share, 1 − changed/n"),
     "changed_bits": ("Int64", "elements whose stored bit pattern differs; null where the stored types differ"),
     "sparsity_bits": ("Float64", "1 − changed_bits/n"),
-    "changed_bf16": ("Int64", "elements whose value differs after both sides are rounded to bf16, ties to even"),
+    "changed_bf16": (
+        "Int64",
+        "elements whose value differs after both sides are rounded to bf16, ties to even (float64 by way of float32); "
+        "of integers, which no export rounds, `changed`",
+    ),
     "sparsity_bf16": ("Float64", "1 − changed_bf16/n; the probe of arXiv 2511.08567, Def. 2.1"),
     "above[τ]": (
         "Int64",
-        "elements with |Δ| > τ, strictly; Δ in float32 for 8- to 32-bit floats (with --compat: the script's)",
+        "elements with |Δ| > τ, strictly, so never where Δ is NaN; Δ in float32 for 8- to 32-bit floats "
+        "(with --compat: as the script counts)",
     ),
     "sparsity[τ]": ("Float64", "1 − above[τ]/n"),
     "sign_flips": ("Int64", "elements with base · tuned < 0"),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from paramdiff import checkpoints
 from paramdiff.collect import Collected, Progress, collect
+from paramdiff.errors import OptionError
 from paramdiff.measures import MEASURES, Measure, make_options, select
 from paramdiff.pairing import Alignment, align
 
@@ -55,6 +56,8 @@ def compare(
     105071
     """
     options = make_options(tolerances, compat)
+    if threads is not None and threads < 1:
+        raise OptionError(f"{threads} is no number of workers.", hint="Give 1 or more.")
     chosen = select(measures, options)
     sides: list[checkpoints.Checkpoint] = []
     try:

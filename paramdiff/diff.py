@@ -59,6 +59,7 @@ class Diff:
             "numel": total["numel"],
             "dtype_base": self._dtypes("dtype_base"),
             "dtype_tuned": self._dtypes("dtype_tuned"),
+            "compared_in": self._dtypes("compared_in"),
         }
         for name in ("changed", "sparsity", "changed_bits", "sparsity_bits", "changed_bf16", "sparsity_bf16"):
             result[name] = total[name]
@@ -79,7 +80,7 @@ class Diff:
         save_tables(Path(fspath(directory)), self.tables, self.run)
 
     def _dtypes(self, column: str) -> str:
-        counts = self.tensors.group_by(column).agg(pl.col("numel").sum()).sort("numel", descending=True)
+        counts = self.tensors.group_by(column).agg(pl.col("numel").sum()).sort(["numel", column], descending=[True, False])
         return "+".join(counts[column])
 
     def _coverage(self) -> dict[str, Any]:

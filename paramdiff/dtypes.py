@@ -123,6 +123,8 @@ def sign_and_magnitude(x: Arrays, dtype: DType, bits: Array) -> tuple[Array, int
 
 
 def _integers(x: Arrays, dtype: DType, bits: Array) -> Array:
+    if dtype.name == "BOOL":
+        return x.cast(bits != 0, x.i64)
     if dtype.name == "I8":
         return x.cast(bits.view(x.i8), x.i64)
     wide = x.cast(bits, x.i64)

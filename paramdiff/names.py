@@ -17,10 +17,14 @@ HEADS = {"lm_head", "embed_out", "score", "classifier", "v_head", "value_head", 
 EMBEDDINGS = {"embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "position_embeddings", "token_type_embeddings"}
 EMBEDDINGS |= {"tok_embeddings", "embed_positions", "shared", "patch_embed", "patch_embedding", "position_embedding"}
 EXPERTS = {"experts", "shared_expert", "shared_experts"}
-NORM = re.compile(r"norm|^ln(_|\d|$)|layer_?norm|rms", re.IGNORECASE)
-ATTENTION = re.compile(r"att(n|ention)|^(q|k|v|o|qkv|kv|query|key|value|out)_proj$|^c_attn$|^query_key_value$|^w[qkvo]$")
+NORM = re.compile(r"norm|^ln(_|\d|$)|(^|_)rms", re.IGNORECASE)
+ATTENTION = re.compile(
+    r"att(n|ention)|^(q|k|v|o|qkv|kv|query|key|value|out)_proj$|^query_key_value$|^w[qkvo]$", re.IGNORECASE
+)
 MLP = re.compile(
-    r"mlp|moe|^ff(n|_|$)|ffn|feed_?forward|intermediate|experts?|^(gate|up|down|gate_up)_proj$|^w[123]$|^fc[12]?$|^dense_(4h|h)|router"
+    r"mlp|moe|^ff(n|_|$)|ffn|feed_?forward|intermediate|experts?|^(gate|up|down|gate_up)_proj$|^w[123]$|^fc[12]?$"
+    r"|^dense_(4h|h)|^dense(relu|act|gated)|router",
+    re.IGNORECASE,
 )
 
 
@@ -86,7 +90,7 @@ def _kind(words: list[str], leaf: str) -> str:
         return "norm"
     if leaf in EMBEDDINGS or "embeddings" in words:
         return "embedding"
-    if leaf in HEADS and len(words) <= 2:
+    if leaf in ("lm_head", "embed_out") or (leaf in HEADS and len(words) <= 2):
         return "head"
     for word in reversed(words):  # the innermost part that says something
         if ATTENTION.search(word):

@@ -16,11 +16,11 @@ from paramdiff.dtypes import Compute, compute_type
 from paramdiff.errors import NothingToCompare, OptionError, PairingError
 
 REASONS = {
-    "only_base": "the tuned side has no tensor of this name",
-    "only_tuned": "the base has no tensor of this name",
-    "shape_mismatch": "the shapes differ and no rule relates them",
-    "resized": "rows beyond the other side's vocabulary; the common rows were compared",
-    "not_numeric": "no arithmetic is defined for this element type, or for this pair of types",
+    "only_base": "only in the base",
+    "only_tuned": "only in the tuned side",
+    "shape_mismatch": "of shapes that differ, and no rule relates them",
+    "resized": "with rows that only one side has (the common rows were compared)",
+    "not_numeric": "of a type without arithmetic",
     "excluded": "left out by --include/--exclude",
 }
 
@@ -118,7 +118,7 @@ def align(
             side = "base" if name in sides["base"] else "tuned"
             plan.coverage.append(_left_out(name, side, sides[side][name], f"only_{side}", ""))
         else:
-            _pair(plan, name, infos, rule, resized)
+            _pair(plan, name, infos, rule, [side for side, table in sides.items() if name in table], resized)
     compared = {tensor.name for tensor in plan.tensors}
     for number, tensor in enumerate(plan.tensors):
         tied_to = _tied_to(tensor.name, sides, (base, tuned))
@@ -219,17 +219,24 @@ def _tied_to(
     return _embedding_of(sides["base"]) or _embedding_of(sides["tuned"])
 
 
-def _pair(plan: Alignment, name: str, infos: tuple[TensorInfo, TensorInfo], rule: str, resized: bool) -> None:
+def _pair(
+    plan: Alignment,
+    name: str,
+    infos: tuple[TensorInfo, TensorInfo],
+    rule: str,
+    stored: Sequence[str],
+    resized: bool,
+) -> None:
     a, b = infos
     compute = compute_type(a.type, b.type)
     if compute is None:
-        for side, info in (("base", a), ("tuned", b)):
+        for side, info in _of(stored, a, b):
             plan.coverage.append(_left_out(name, side, info, "not_numeric", f"{a.dtype} against {b.dtype}"))
         return
     shape = a.shape
     if a.shape != b.shape:
         if not (resized and _is_resized_vocabulary(name, a, b)):
-            for side, info in (("base", a), ("tuned", b)):
+            for side, info in _of(stored, a, b):
                 plan.coverage.append(
                     _left_out(name, side, info, "shape_mismatch", f"{list(a.shape)} against {list(b.shape)}")
                 )
@@ -251,10 +258,16 @@ def _pair(plan: Alignment, name: str, infos: tuple[TensorInfo, TensorInfo], rule
     plan.tensors.append(Aligned(name, infos, shape, rule, compute))
 
 
+def _of(stored: Sequence[str], base: TensorInfo, tuned: TensorInfo) -> list[tuple[str, TensorInfo]]:
+    """The sides that store a name themselves: an embedding that stood in for a head is accounted for elsewhere."""
+    return [(side, info) for side, info in (("base", base), ("tuned", tuned)) if side in stored]
+
+
 def _is_resized_vocabulary(name: str, a: TensorInfo, b: TensorInfo) -> bool:
     vocabulary = names.is_head(name) or names.is_input_embedding(name) or name.endswith("lm_head.bias")
     same_rest = len(a.shape) == len(b.shape) >= 1 and a.shape[1:] == b.shape[1:]
-    return vocabulary and same_rest and min(a.shape[0], b.shape[0]) > 0
+    packed = min(a.type.bits, b.type.bits) < 8  # whose rows need not begin at a byte
+    return vocabulary and same_rest and not packed and min(a.shape[0], b.shape[0]) > 0
 
 
 def _left_out(name: str, side: str, info: TensorInfo, reason: str, detail: str) -> Uncompared:

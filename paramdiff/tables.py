@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +10,7 @@ import polars as pl
 
 from paramdiff.columns import TABLES, meaning
 from paramdiff.errors import OptionError
+from paramdiff.measures.accumulator import exact_sum
 from paramdiff.measures.change import unchanged
 from paramdiff.measures.magnitude import derived
 from paramdiff.pairing import Uncompared
@@ -50,13 +50,16 @@ def roll_up(tensors: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
     unknown = [key for key in keys if key not in tensors.columns]
     if unknown:
         raise OptionError(f"There is no column {unknown[0]!r} to group by.", hint="Try layer, module, kind or expert.")
+    nested = [key for key in keys if tensors.schema[key].is_nested()]
+    if nested:
+        raise OptionError(f"Column {nested[0]!r} holds lists and cannot group.", hint="Try layer, module or kind.")
     counted = tensors.filter(pl.col("duplicate_of").is_null())
     if not keys:
         return pl.DataFrame([pooled(counted)], infer_schema_length=None)
     groups = counted.partition_by(list(keys), as_dict=True, maintain_order=True)
     rows = [{**dict(zip(keys, key, strict=True)), **pooled(group)} for key, group in groups.items()]
     # A group in which a column is null throughout must not decide its type.
-    types = {name: _TYPES[meaning("tensors", name)[0]] for name in rows[0] if name != "tensors"} if rows else {}
+    types = {name: tensors.schema[name] for name in rows[0] if name in tensors.schema} if rows else {}
     return pl.DataFrame(rows, schema_overrides=types, infer_schema_length=None)
 
 
@@ -81,7 +84,7 @@ def pooled(group: pl.DataFrame) -> dict[str, Any]:
 
 def _sums(group: pl.DataFrame) -> dict[str, float]:
     def total(values: Any) -> float:
-        return math.fsum(value for value in values if value is not None)
+        return exact_sum([value for value in values if value is not None])
 
     finite = group["finite"]
     return {

@@ -149,3 +149,41 @@ def test_progress_ends_at_the_total() -> None:
     diff = paramdiff.compare(DATA / "base", DATA / "sft", progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (diff.run["bytes_read"], diff.run["bytes_read"])
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_sums_beyond_float64_are_infinite_not_errors(tmp_path: Path) -> None:
+    huge = torch.full((2,), 3e38)
+    save_file({"v": -huge, "w": huge}, tmp_path / "a.safetensors")
+    save_file({"v": huge, "w": -huge}, tmp_path / "b.safetensors")
+    total = paramdiff.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors").by().row(0, named=True)
+    assert total["changed"] == 4
+    assert total["l2_delta"] == math.inf  # Δ overflows float32
+    assert math.isnan(total["mean_delta"])
+
+
+def test_an_integer_buffer_does_not_hide_what_bf16_shows(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(3), "steps": torch.tensor([1])}, tmp_path / "a.safetensors")
+    save_file({"w": torch.ones(3) + 1e-5, "steps": torch.tensor([2])}, tmp_path / "b.safetensors")
+    summary = paramdiff.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors").summary()
+    assert (summary["changed"], summary["changed_bf16"], summary["compared_in"]) == (4, 1, "float32+int64")
+
+
+def test_a_head_that_cannot_be_compared_is_listed_for_the_side_that_stores_it(tmp_path: Path) -> None:
+    save_file(
+        {"model.embed_tokens.weight": torch.ones(4, 2), "lm_head.weight": torch.ones(4, 3)}, tmp_path / "a.safetensors"
+    )
+    save_file({"model.embed_tokens.weight": torch.ones(4, 2)}, tmp_path / "b.safetensors")
+    found = paramdiff.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert found.coverage.select("name", "side", "reason").rows() == [("lm_head.weight", "base", "shape_mismatch")]
+
+
+def test_lists_cannot_group_and_columns_of_ones_own_can(diff: paramdiff.Diff) -> None:
+    with pytest.raises(paramdiff.OptionError, match="'shape' holds lists"):
+        diff.by("shape")
+    mine = paramdiff.Diff({**diff.tables, "tensors": diff.tensors.with_columns(mine=pl.col("numel") > 1000)}, diff.run)
+    assert sorted(mine.by("mine")["mine"].to_list()) == [False, True]
+
+
+def test_no_workers_is_refused() -> None:
+    with pytest.raises(paramdiff.OptionError, match="-1 is no number of workers"):
+        paramdiff.compare(DATA / "base", DATA / "sft", threads=-1)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from paramdiff import checkpoints, engines
 from paramdiff.engines import processes, threads, torch_device
-from paramdiff.errors import BrokenFile, ChangedWhileReading
+from paramdiff.errors import BrokenFile, ChangedWhileReading, ParamdiffError
 from paramdiff.measures import MEASURES, Accumulator, make_options, merge, select
 from paramdiff.pairing import Alignment, align
 from paramdiff.streaming import spans
@@ -170,6 +170,33 @@ def test_a_worker_that_cannot_open_a_file_says_so(pair: Alignment, tmp_path: Pat
     (tmp_path / "tuned.safetensors").unlink()
     with pytest.raises(BrokenFile, match=r"Cannot read .*tuned\.safetensors"):
         list(processes.run(pair, spans(pair), MEASURED, OPTIONS, workers=1))
+
+
+class OddError(Exception):
+    """It cannot be unpickled: its constructor wants two arguments and passes on one."""
+
+    def __init__(self, a: str, b: str) -> None:
+        super().__init__(a + b)
+
+
+class Failing:
+    """A measure whose error cannot travel between processes."""
+
+    NAME = "failing"
+
+    def update(self, acc: Accumulator, block: Any, options: Any) -> None:
+        raise OddError("so ", "it is")
+
+    def columns(self, acc: Accumulator, tensor: Any, options: Any) -> dict[str, Any]:
+        return {}
+
+    def tables(self, acc: Accumulator, tensor: Any) -> dict[str, list[dict[str, Any]]]:
+        return {}
+
+
+def test_an_error_that_cannot_travel_is_told_all_the_same(pair: Alignment) -> None:
+    with pytest.raises(ParamdiffError, match="A worker failed with OddError: so it is"):
+        list(processes.run(pair, spans(pair), [Failing()], OPTIONS, workers=1))
 
 
 class Counter:

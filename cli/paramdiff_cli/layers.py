@@ -63,7 +63,11 @@ def layers(
 
         console = sink.console()
         column = f"sparsity[{tol[0]!r}]" if tol and value is Value.sparsity else value.value
-        console.print(render.heading(diff))
-        console.print(render.layers_by_modules(diff, column))
+        console.print(render.heading(diff), soft_wrap=True)
+        console.print(f"\n[bold]{column.replace('[', ' at ').rstrip(']')} by layer and module[/bold]")
+        table, outside = render.layers_by_modules(diff, column)
+        console.print(table)
+        if outside:
+            console.print(outside, soft_wrap=True)
         for line in render.coverage(diff):
             console.print(line, soft_wrap=True)

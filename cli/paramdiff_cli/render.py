@@ -25,18 +25,11 @@ NOTIONS = (
 )
 LISTED = 3  # names shown for each reason in the coverage
 LONGEST = 200  # characters of a name
-REASONS = {
-    "only_base": "only in the base",
-    "only_tuned": "only in the tuned side",
-    "shape_mismatch": "of different shapes",
-    "not_numeric": "of types without arithmetic",
-    "resized": "with rows that only one side has (the common rows were compared)",
-    "tied": "tied to the embedding, compared but counted once",
-}
+TIED = "tied to the embedding: compared, and counted once"
 
 
-def make_table(columns: Sequence[str], *, right_from: int = 1, title: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+def make_table(columns: Sequence[str], *, right_from: int = 1) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(plain(column), justify="right" if number >= right_from else "left", overflow="fold")
     return table
@@ -68,11 +61,13 @@ def number(value: float | None) -> str:
 
 def show(console: Console, diff: Diff) -> None:
     """Everything that `paramdiff sparsity` says."""
-    console.print(heading(diff))
+    console.print(heading(diff), soft_wrap=True)
     console.print(overall(diff))
-    console.print(rolled_up(diff, "kind"))
-    if diff.tensors["layer"].drop_nulls().len():
-        console.print(rolled_up(diff, "layer"))
+    console.print(magnitudes(diff), soft_wrap=True)
+    keys = ["kind", "layer"] if diff.tensors["layer"].drop_nulls().len() else ["kind"]
+    for key in keys:
+        console.print(f"\n[bold]By {key}[/bold]")
+        console.print(rolled_up(diff, key))
     for line in coverage(diff):
         console.print(line, soft_wrap=True)
     console.print(cost(diff), soft_wrap=True)
@@ -85,34 +80,36 @@ def heading(diff: Diff) -> Text:
     plural = "" if summary["tensors"] == 1 else "s"
     return Text(
         f"base   {sink.printable(summary['base'])}\ntuned  {sink.printable(summary['tuned'])}\n"
-        f"{summary['numel']:,} parameters in {summary['tensors']} tensor{plural}; {said}; compared in {_arithmetic(types)}"
+        f"{summary['numel']:,} parameters in {summary['tensors']} tensor{plural}; {said}; "
+        f"compared in {summary['compared_in'].replace('+', ' and ')}"
     )
 
 
-def _arithmetic(types: tuple[str, str]) -> str:
-    stored = {name for side in types for name in side.split("+")}
-    floats = {name for name in stored if name.startswith(("F", "BF"))}
-    parts = ["float64" if "F64" in floats else "float32"] if floats else []
-    return " and ".join(parts + (["int64"] if stored - floats else []))
-
-
 def overall(diff: Diff) -> Table:
-    """What changed, by every notion."""
+    """What changed, by every notion. One that is undefined for some tensor has no total, and says so."""
     summary = diff.summary()
     table = make_table(["unchanged", "share", "changed", f"of {summary['numel']:,}"])
     for count, share, label in NOTIONS:
-        if summary[count] is not None:
-            table.add_row(label, percent(summary[share]), f"{summary[count]:,}", percent(_density(summary[share])))
+        if summary[count] is None:
+            undefined = diff.tensors[count].null_count()
+            label += f" (undefined for {undefined} of {diff.tensors.height} tensors: two types)"
+        shown = "–" if summary[count] is None else f"{summary[count]:,}"
+        table.add_row(label, percent(summary[share]), shown, percent(_density(summary[share])))
     for entry in summary["tolerances"]:
         label = f"{summary.get('compat', '|Δ|')} ≤ {entry['tol']:g}"
         table.add_row(label, percent(entry["sparsity"]), f"{entry['above']:,}", percent(_density(entry["sparsity"])))
-    caption = [f"‖Δ‖/‖base‖ {number(summary['rel_l2'])}", f"largest |Δ| {number(summary['max_abs_delta'])}"]
-    caption.append(f"{summary['sign_flips']:,} sign flips")
+    return table
+
+
+def magnitudes(diff: Diff) -> Text:
+    """How far it went, in a line."""
+    summary = diff.summary()
+    parts = [f"‖Δ‖/‖base‖ {number(summary['rel_l2'])}", f"largest |Δ| {number(summary['max_abs_delta'])}"]
+    parts.append(f"{summary['sign_flips']:,} sign flips")
     for side in ("base", "tuned"):
         if summary[f"nonfinite_{side}"]:
-            caption.append(f"{summary[f'nonfinite_{side}']:,} NaN or infinite in the {side} side")
-    table.caption, table.caption_justify = " · ".join(caption) + "\n", "left"
-    return table
+            parts.append(f"{summary[f'nonfinite_{side}']:,} NaN or infinite in the {side} side")
+    return Text(" · ".join(parts))
 
 
 def _density(sparsity: float | None) -> float | None:
@@ -132,7 +129,7 @@ def rolled_up(diff: Diff, key: str) -> Table:
         "‖Δ‖/‖base‖",
         "mean |Δ|",
     ]
-    table = make_table(heads, title=f"By {key}")
+    table = make_table(heads)
     rows = diff.by(key).to_dicts()
     order = {kind: position for position, kind in enumerate(KINDS)}
     rows.sort(key=lambda r: order.get(r[key], -1) if key == "kind" else (r[key] is not None, r[key] or 0))
@@ -144,33 +141,34 @@ def rolled_up(diff: Diff, key: str) -> Table:
     return table
 
 
-def layers_by_modules(diff: Diff, column: str) -> Table:
-    """A pivot: one row per layer, one column per module, `column` in the cells."""
+def layers_by_modules(diff: Diff, column: str) -> tuple[Table, Text]:
+    """A pivot, one row per layer and one column per module with `column` in the cells; and what lies outside layers."""
     cells = {(row["layer"], row["module"]): row for row in diff.by("layer", "module").to_dicts()}
     layers = sorted({layer for layer, _ in cells if layer is not None})
     modules = list(dict.fromkeys(module for layer, module in cells if layer is not None))
     shown = percent if column.startswith("sparsity") else number
-    table = make_table(["layer", *modules], title=f"{column} by layer and module")
+    table = make_table(["layer", *modules])
     for layer in layers:
         found: list[Any] = [cells.get((layer, module)) for module in modules]
         table.add_row(str(layer), *(shown(cell[column]) if cell else "" for cell in found))
     outside = [f"{module} {shown(row[column])}" for (layer, module), row in cells.items() if layer is None]
-    if outside:
-        table.caption, table.caption_justify = plain("Outside layers: " + " · ".join(outside)), "left"
-    return table
+    return table, plain("Outside layers: " + " · ".join(outside) if outside else "")
 
 
 def coverage(diff: Diff) -> Iterator[Text]:
     """What was not compared, or not counted twice, and why."""
+    from paramdiff.pairing import REASONS
+
     found = diff.summary()["coverage"]
-    for reason, said in REASONS.items():
+    for reason, said in {**REASONS, "tied": TIED}.items():
         names = found[reason]
-        if names:
-            more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-            listed = ", ".join(name[:LONGEST] + ("…" if len(name) > LONGEST else "") for name in names[:LISTED])
-            yield plain(f"{len(names)} tensor{'s' if len(names) > 1 else ''} {said}: {listed}{more}")
+        if reason == "excluded" or not names:
+            continue
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        listed = ", ".join(name[:LONGEST] + ("…" if len(name) > LONGEST else "") for name in names[:LISTED])
+        yield plain(f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {said}: {listed}{more}")
     if found["excluded"]:
-        yield Text(f"{found['excluded']} tensors left out by --include/--exclude")
+        yield plain(f"{found['excluded']} tensor{'s' if found['excluded'] > 1 else ''} {REASONS['excluded']}")
 
 
 def cost(diff: Diff) -> Text:

@@ -12,6 +12,7 @@ from paramdiff.errors import BrokenFile, CheckpointError, NotFound, UnsupportedF
 
 INDEX_SUFFIX = ".safetensors.index.json"
 MODEL_STEMS = ("model", "diffusion_pytorch_model")  # transformers, diffusers: preferred where several files lie together
+MAX_JSON_BYTES = 100_000_000  # of an index or a config
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.safetensors")
 OTHER_FORMATS = {  # pattern → what it is; the sentence that a user of it gets
     "adapter_model.safetensors": "a PEFT adapter without its base",
@@ -58,10 +59,19 @@ def locate(ref: str) -> Located:
 def read_config(directory: str) -> dict[str, Any] | None:
     """config.json beside the weights, or None: it is a help in pairing, never a condition."""
     try:
-        config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+        config = _read_json(Path(directory) / "config.json")
     except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None
+
+
+def _read_json(path: Path) -> Any:
+    """A JSON file of bounded size; not a pipe, which would hang, nor a device."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a regular file")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"it is over {MAX_JSON_BYTES:,} bytes long")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _no_such_path(ref: str) -> CheckpointError:
@@ -84,6 +94,13 @@ def _directory(ref: str, path: Path) -> Located:
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if not weights and not indices:
         raise _nothing_in(ref, path, names)
+    located = _pick(ref, path, weights, indices)
+    if "adapter_model.safetensors" in names:
+        located.warnings.append(f"{path}: adapter_model.safetensors ignored; the model beside it is read without it.")
+    return located
+
+
+def _pick(ref: str, path: Path, weights: list[str], indices: list[str]) -> Located:
     for stem in MODEL_STEMS:
         if f"{stem}.safetensors" in weights:
             return _chosen(path, [f"{stem}.safetensors"], weights)
@@ -122,7 +139,7 @@ def _without_index(ref: str, path: Path, weights: list[str]) -> Located:
 
 def _from_index(index: Path, weights: list[str] | None = None) -> Located:
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = _read_json(index)
         weight_map = content["weight_map"]
         shards = sorted(set(weight_map.values()))
         if not all(isinstance(name, str) and Path(name).name == name and len(name.encode()) < 256 for name in shards):

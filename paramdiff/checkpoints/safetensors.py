@@ -20,6 +20,7 @@ from paramdiff.dtypes import DTYPES
 from paramdiff.errors import BrokenFile, ChangedWhileReading
 
 MAX_HEADER_BYTES = 100_000_000  # the bound of the reference implementation
+MAX_RANK = 64  # dimensions: numpy's and torch's bound, and one on the work of multiplying them
 MAX_READ = 1 << 30  # one read moves at most 0x7ffff000 bytes on Linux
 
 
@@ -54,17 +55,9 @@ class SafetensorsCheckpoint:
         self.tensors: Mapping[str, TensorInfo] = {name: entry.info for name, entry in self._entries.items()}
 
     def _add_file(self, path: str, shard_of: dict[str, str] | None) -> None:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in a file's place must not hang
-            self._fds.append(fd)
-            stat = os.fstat(fd)
-        except OSError as error:
-            raise BrokenFile(f"Cannot read {path}: {error.strerror}.") from error
-        if not S_ISREG(stat.st_mode):
-            raise BrokenFile(f"{path} is not a regular file.")
+        fd, stat = open_regular(path)
+        self._fds.append(fd)
         self._stats.append(stat)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         data_start, infos = read_header(fd, stat.st_size, path)
         file = len(self._fds) - 1
         strays = []
@@ -115,10 +108,7 @@ class SafetensorsCheckpoint:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for path in self._paths:
-            try:
-                self._fds.append(os.open(path, os.O_RDONLY))
-            except OSError as error:
-                raise BrokenFile(f"Cannot read {path}: {error.strerror}.") from error
+            self._fds.append(open_regular(path)[0])
 
     def position(self, name: str) -> tuple[int, int]:
         entry = self._entries[name]
@@ -147,6 +137,21 @@ class SafetensorsCheckpoint:
     def close(self) -> None:
         while self._fds:
             os.close(self._fds.pop())
+
+
+def open_regular(path: str) -> tuple[int, os.stat_result]:
+    """Open a regular file for sequential reading. Raises `BrokenFile` for anything else; a pipe cannot hang it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise BrokenFile(f"Cannot read {path}: {error.strerror}.") from error
+    stat = os.fstat(fd)
+    if not S_ISREG(stat.st_mode):
+        os.close(fd)
+        raise BrokenFile(f"{path} is not a regular file.")
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return fd, stat
 
 
 def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:
@@ -215,8 +220,8 @@ def _entry(name: str, value: Any, data_bytes: int, path: str) -> tuple[TensorInf
         raise BrokenFile(f"Tensor {name!r} in {path} has the unknown dtype {str(dtype)[:40]!r}.")
     if not (isinstance(shape, list) and all(_whole(n) for n in shape) and _whole(start) and _whole(end)):
         raise BrokenFile(f"Tensor {name!r} in {path} has a shape or offsets that are not whole numbers from 0 up.")
-    if not all(n < 1 << 63 for n in (*shape, start, end)):
-        raise BrokenFile(f"Tensor {name!r} in {path} has a shape or offsets beyond 2^63.")
+    if len(shape) > MAX_RANK or not all(n < 1 << 63 for n in (*shape, start, end)):
+        raise BrokenFile(f"Tensor {name!r} in {path} has over {MAX_RANK} dimensions, or a shape or offsets beyond 2^63.")
     info = TensorInfo(name, dtype, tuple(shape))
     if not start <= end <= data_bytes:
         raise BrokenFile(
@@ -225,7 +230,8 @@ def _entry(name: str, value: Any, data_bytes: int, path: str) -> tuple[TensorInf
         )
     if info.numel * info.type.bits != (end - start) * 8:
         raise BrokenFile(
-            f"Tensor {name!r} in {path} has {end - start:,} bytes, where {dtype} of shape {shape} needs {info.nbytes:,}."
+            f"Tensor {name!r} in {path} has {end - start:,} bytes, where {dtype} of shape {str(shape)[:80]} "
+            f"needs {info.nbytes:,}."
         )
     return info, start, end
 

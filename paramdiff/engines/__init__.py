@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from paramdiff.engines.threads import Result
+from paramdiff.engines.threads import Results
 from paramdiff.errors import DeviceError
 from paramdiff.measures import Measure, Options
 from paramdiff.pairing import Alignment
@@ -18,7 +18,7 @@ WORTH_A_GPU = 2 << 30  # bytes; below this starting CUDA costs more than the wor
 
 def run(
     alignment: Alignment, measures: Sequence[Measure], options: Options, *, device: str, threads: int | None
-) -> tuple[str, Iterator[Result]]:
+) -> tuple[str, Results]:
     """Pick an engine for `device` ("auto", "cpu", "cuda", "cuda:1"). Returns the device used and the results to come.
 
     `threads` is the number of CPU workers (default: all cores). "torch:cpu" runs the GPU's code on the CPU, for tests.
@@ -62,15 +62,15 @@ def _resolve(device: str, nbytes: int) -> str:
     if device == "auto" and (nbytes < WORTH_A_GPU or not _nvidia_driver()):
         return "cpu"  # without importing torch, which takes a second
     if device != "auto" and device.split(":")[0] != "cuda":
-        raise DeviceError(f"Unknown device {device!r}.", hint="Give auto, cpu, cuda or cuda:N.")
+        raise DeviceError(f"Unknown device {device[:40]!r}.", hint="Give auto, cpu, cuda or cuda:N.")
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return "cuda:0" if count else "cpu"
     _, _, number = device.partition(":")
-    if number and not number.isdecimal():
-        raise DeviceError(f"Unknown device {device!r}.", hint="Give auto, cpu, cuda or cuda:N.")
+    if number and not (number.isdecimal() and len(number) < 4):
+        raise DeviceError(f"Unknown device {device[:40]!r}.", hint="Give auto, cpu, cuda or cuda:N.")
     if int(number or 0) >= count:
         have = f"{count} CUDA device{'s' if count > 1 else ''}" if count else "no CUDA device that torch can use"
         raise DeviceError(f"{device} was asked for, but this machine has {have}.", hint="Use --device cpu.")

@@ -15,10 +15,10 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import IO, Any
 
-from paramdiff.engines.threads import Result, cores, next_of
+from paramdiff.engines.threads import Result, Results, cores, next_of
 from paramdiff.errors import ParamdiffError
 from paramdiff.measures import Measure, Options, portable
 from paramdiff.pairing import Alignment
@@ -35,7 +35,7 @@ def run(
     *,
     workers: int | None = None,
     block: int = BLOCK,
-) -> Iterator[Result]:
+) -> Results:
     """Do all spans of `work`. The first error of any worker stops the others and is raised here.
 
     Raises `pickle.PicklingError`, `AttributeError` or `TypeError` where a measure of the user's own cannot travel.
@@ -74,7 +74,11 @@ def _start() -> subprocess.Popen[bytes]:
     # The worker imports what the parent can, in the same order: -P adds no directory of its own.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     command = [sys.executable, "-P", "-c", "from paramdiff.engines.worker import main; main()"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for the parent alone
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
@@ -94,7 +98,7 @@ def _listen(worker: subprocess.Popen[bytes], done: queue.SimpleQueue[Any]) -> No
     try:
         while True:
             done.put((worker, pickle.load(_pipe(worker.stdout))))
-    except (EOFError, pickle.UnpicklingError):
+    except Exception:  # the pipe ended, or what came through it was cut short
         code = worker.wait()
         because = " (out of memory?)" if code == -signal.SIGKILL else ""
         error = ParamdiffError(f"A worker process ended early, with code {code}{because}.", hint="Try --threads 1.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from threadpoolctl import threadpool_limits
@@ -20,6 +20,7 @@ from paramdiff.pairing import Alignment
 from paramdiff.streaming import BLOCK, Buffers, Span, windows
 
 Result = tuple[Span, dict[str, Accumulator]]
+Results = Generator[Result, None, None]
 
 
 def cores() -> int:
@@ -35,7 +36,7 @@ def run(
     *,
     threads: int | None = None,
     block: int = BLOCK,
-) -> Iterator[Result]:
+) -> Results:
     """Do all spans of `work`. The first error of any thread stops the others and is raised here."""
     pending: queue.SimpleQueue[Span] = queue.SimpleQueue()
     for span in work:

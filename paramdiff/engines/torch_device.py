@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from paramdiff.arrays import TorchArrays
-from paramdiff.engines.threads import Result
+from paramdiff.engines.threads import Results
 from paramdiff.measures import Measure, Options, fold
 from paramdiff.pairing import Aligned, Alignment
 from paramdiff.streaming import Grid, Span, Window, read_window, spans
@@ -75,7 +75,7 @@ class Slot:
 
 def run(
     alignment: Alignment, measures: Sequence[Measure], options: Options, *, device: torch.device, block: int = BLOCK
-) -> Iterator[Result]:
+) -> Results:
     """Compare all tensors of an alignment on `device`, one span for each tensor."""
     import torch
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import sys
+import traceback
 
 from threadpoolctl import threadpool_limits
 
 from paramdiff.arrays import numpy_arrays
+from paramdiff.errors import ParamdiffError
 from paramdiff.measures import fold, restored
 from paramdiff.streaming import Buffers, windows
 
 
 def main() -> None:
-    """Serve until standard input ends. Ctrl-C is the parent's to handle: it closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Serve until standard input ends. Ctrl-C is the parent's to handle, which started this with SIGINT blocked."""
     source = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not end up among the answers
@@ -41,5 +41,16 @@ def main() -> None:
         except BrokenPipeError:
             sys.exit(1)
         except BaseException as error:  # handed to the parent, which raises it
-            pickle.dump(error, answers)
+            answers.write(_portable(error))
             answers.flush()
+
+
+def _portable(error: BaseException) -> bytes:
+    """The error as a pickle that can be read back, or another that says the same."""
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:
+        what = "".join(traceback.format_exception(error)).rstrip()
+        data = pickle.dumps(ParamdiffError(f"A worker failed with {type(error).__name__}: {error}.", hint=what))
+    return data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,11 +55,13 @@ class Accumulator:
         self.arrays[name][at : at + len(counts)] += counts
 
     def settle(self, x: Arrays) -> Accumulator:
-        """Wait for the device, once, and bring everything to plain Python and numpy values."""
+        """Wait for the device, and bring everything to plain Python and numpy values in few transfers."""
         if not x.eager:
-            self.counts = defaultdict(int, {k: int(x.to_host(v)) for k, v in self.counts.items()})
-            self.sums = defaultdict(list, {k: [float(x.to_host(p)) for p in v] for k, v in self.sums.items()})
-            self.maxima = {k: x.to_host(v) for k, v in self.maxima.items()}
+            counts = x.scalars_to_host(list(self.counts.values()), x.i64)
+            self.counts = defaultdict(int, zip(self.counts, counts, strict=True))
+            self.sums = defaultdict(list, {k: x.scalars_to_host(v, x.f64) for k, v in self.sums.items()})
+            maxima = x.scalars_to_host(list(self.maxima.values()), x.f64)
+            self.maxima = dict(zip(self.maxima, maxima, strict=True))
             self.arrays = {k: x.to_host(v) for k, v in self.arrays.items()}
         return self
 
@@ -76,10 +79,20 @@ class Accumulator:
                 self.arrays[name] = array
 
     def sum(self, name: str) -> float:
-        try:
-            return math.fsum(self.sums[name])
-        except (OverflowError, ValueError):  # beyond float64, or inf - inf: IEEE's answer rather than an exception
-            return float(np.sum(self.sums[name]))
+        return exact_sum(self.sums[name])
+
+
+def exact_sum(parts: Sequence[float]) -> float:
+    """The correctly rounded sum; inf or NaN where float64 has no other answer.
+
+    >>> exact_sum([1e308, 1e308]), exact_sum([])
+    (inf, 0.0)
+    """
+    try:
+        return math.fsum(parts)
+    except (OverflowError, ValueError):  # beyond float64, or inf - inf
+        with np.errstate(all="ignore"):
+            return float(np.sum(parts))
 
 
 def _int64_of(tensor: Any) -> Any:

@@ -215,24 +215,32 @@ class PairBlock:
         return self._whole_base[1]
 
     @cached_property
+    def _whole_tuned(self) -> Array | None:
+        """The tuned side over the whole block, or None where sums over what moved give the rest without cancellation."""
+        moved_a, _ = self.energies
+        if moved_a <= 0.5 * self.energy_a:  # at least half of the base's energy stays: a difference loses a bit at most
+            return None
+        whole = self._whole_base[0].copy()
+        whole[self.index] = self.b64
+        return whole
+
+    @property
     def energy_b(self) -> Number:
         """Sum of squares of the tuned side."""
-        x = self.x
         moved_a, moved_b = self.energies
         if self.index is None:
             return moved_b
-        if moved_a <= 0.5 * self.energy_a:  # at least half stays, so the difference loses no more than a bit
-            return self.energy_a - moved_a + moved_b
-        whole = self._whole_base[0].copy()
-        whole[self.index] = self.b64
-        return x.dot(whole, whole)
+        whole = self._whole_tuned
+        return self.energy_a - moved_a + moved_b if whole is None else self.x.dot(whole, whole)
 
-    @cached_property
+    @property
     def inner(self) -> Number:
         """Inner product of both sides."""
         x = self.x
         if self.index is None:
             return x.dot(self.a64, self.b64)
+        if self._whole_tuned is not None:
+            return x.dot(self._whole_base[0], self._whole_tuned)
         return self.energy_a - self.energies[0] + x.dot(self.a64, self.b64)
 
     @cached_property

@@ -44,7 +44,8 @@ def columns(acc: Accumulator, tensor: Aligned, options: Options) -> dict[str, An
     """The columns of `tensors.parquet` that this measure gives for one tensor."""
     n, count = tensor.numel, acc.counts
     exact = _exact_in_bf16(tensor)
-    changed_bf16 = count["changed"] if exact else None if tensor.compute == "i64" else count["changed_bf16"]
+    # No export rounds integers, so what it shows of them is the change in value.
+    changed_bf16 = count["changed"] if exact or tensor.compute == "i64" else count["changed_bf16"]
     row: dict[str, Any] = {
         "changed": count["changed"],
         "sparsity": unchanged(count["changed"], n),

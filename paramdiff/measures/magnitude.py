@@ -66,8 +66,13 @@ def derived(sums: dict[str, float], finite: int) -> dict[str, float | None]:
         "mean_abs_delta": sums["abs_d"] / finite if finite else None,
         "mean_delta": sums["d"] / finite if finite else None,
         "dot": sums["ab"],
-        "cosine": min(1.0, max(-1.0, sums["ab"] / l2_base / l2_tuned)) if l2_base and l2_tuned else None,
+        "cosine": _cosine(sums["ab"], l2_base, l2_tuned),
     }
+
+
+def _cosine(dot: float, l2_base: float, l2_tuned: float) -> float | None:
+    cosine = dot / l2_base / l2_tuned if l2_base and l2_tuned else math.nan
+    return min(1.0, max(-1.0, cosine)) if math.isfinite(cosine) else None
 
 
 def tables(acc: Accumulator, tensor: Aligned) -> dict[str, list[dict[str, Any]]]:
@@ -110,10 +115,10 @@ def _joint_histogram(block: PairBlock) -> tuple[Array, Array] | None:
         return None
     d_bits = block.abs_delta.view(np.int32)
     keys = d_bits - block.abs_a.view(np.int32)
+    np.clip(keys, -RATIO_BIAS << 23, ((RATIO_BINS - RATIO_BIAS) << 23) - 1, out=keys)
     keys += RATIO_BIAS << 23
     keys >>= 15
     keys &= -DELTA_BINS  # the ratio bin, times DELTA_BINS
-    np.clip(keys, 0, (RATIO_BINS - 1) * DELTA_BINS, out=keys)
     keys += d_bits >> 23
     keys[odd] = 0
     joint = x.histogram(keys, RATIO_BINS * DELTA_BINS).reshape(RATIO_BINS, DELTA_BINS)

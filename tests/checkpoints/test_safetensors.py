@@ -476,3 +476,11 @@ FIELD = st.fixed_dictionaries(
 @settings(max_examples=300, deadline=None)
 def test_random_entries(header, data):
     opens_or_refuses(header_bytes(header) + data)
+
+
+def test_hundreds_of_dimensions_are_refused_before_they_are_multiplied(tmp_path):
+    header = '{"w":{"dtype":"U8","shape":' + str([2**62] * 100_000) + ',"data_offsets":[0,0]}}'
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(BrokenFile, match=r"'w' in .*model\.safetensors has over 64 dimensions"):
+        checkpoints.open(str(path))

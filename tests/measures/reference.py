@@ -53,7 +53,9 @@ def reference(a: torch.Tensor, b: torch.Tensor, tolerances: list[float]) -> dict
         size = a.element_size()
         stored = [np.frombuffer(t.contiguous().view(torch.uint8).numpy().tobytes(), dtype=f"u{size}") for t in (a, b)]
         out["changed_bits"] = int((stored[0] != stored[1]).sum())
-    if not integers:
+    if integers:
+        out["changed_bf16"] = out["changed"]
+    else:
         ra, rb = (t.to(torch.float32).to(torch.bfloat16).to(torch.float32).numpy().ravel() for t in (a, b))
         out["changed_bf16"] = int(((ra != rb) & ~(np.isnan(ra) & np.isnan(rb))).sum())
     if a.ndim >= 2:

@@ -222,3 +222,42 @@ def test_norm_of_the_tuned_side_survives_cancellation(tmp_path: Path) -> None:
     a[0] = 1e18  # a tenth of a percent of the elements holds all the energy, and shrinks away
     row = compare(tmp_path, a, b).tensors.row(0, named=True)
     assert row["l2_tuned"] == pytest.approx(float(b.double().norm()), rel=1e-13)
+
+
+@pytest.mark.parametrize("device", ["cpu", "torch:cpu"])
+def test_products_survive_cancellation(tmp_path: Path, device: str) -> None:
+    a = torch.full((100,), 1e-6)
+    a[0] = 3e4  # an outlier that holds all the energy, and is pruned
+    b = a.clone()
+    b[0] = 0
+    row = compare(tmp_path, a, b, device).tensors.row(0, named=True)
+    dot = float(a.double() @ b.double())
+    assert row["dot"] == pytest.approx(dot, rel=1e-12)
+    assert row["cosine"] == pytest.approx(dot / float(a.double().norm() * b.double().norm()), rel=1e-12)
+
+
+@pytest.mark.parametrize("device", ["cpu", "torch:cpu"])
+def test_ratios_beyond_every_bin_are_in_the_outer_ones(tmp_path: Path, device: str) -> None:
+    a = torch.tensor([1e-30] * 16 + [1e30] * 4)
+    b = torch.tensor([1e30] * 16 + [1e30 * (1 + 2**-23)] * 4)
+    table = compare(tmp_path, a, b, device).tables["histograms"].filter(pl.col("histogram") == "log2_rel_delta")
+    assert table["count"].sum() == 20
+    assert table.filter(pl.col("upper") == math.inf)["count"].to_list() == [16]
+
+
+@pytest.mark.parametrize("device", ["cpu", "torch:cpu"])
+def test_float64_beyond_its_own_squares(tmp_path: Path, device: str) -> None:
+    a = torch.tensor([1e200, 4.0], dtype=torch.float64)
+    found = compare(tmp_path, a, -a, device)
+    row = found.tensors.row(0, named=True)
+    assert (row["l2_base"], row["cosine"], row["changed"]) == (math.inf, None, 2)
+    ulps = found.tables["histograms"].filter(pl.col("histogram") == "ulp")
+    assert (ulps["upper"].to_list(), ulps["count"].to_list()) == ([2.0**64], [2])
+
+
+def test_any_true_is_true(tmp_path: Path) -> None:
+    for name, byte in (("a", b"\x01"), ("b", b"\x02")):
+        header = b'{"w":{"dtype":"BOOL","shape":[1],"data_offsets":[0,1]}}'
+        (tmp_path / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + byte)
+    row = paramdiff.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors").tensors.row(0, named=True)
+    assert (row["changed"], row["changed_bits"]) == (0, 1)
