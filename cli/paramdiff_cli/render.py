@@ -92,7 +92,8 @@ def overall(diff: Diff) -> Table:
     for count, share, label in NOTIONS:
         if summary[count] is None:
             undefined = diff.tensors[count].null_count()
-            label += f" (undefined for {undefined} of {diff.tensors.height} tensors: two types)"
+            every = undefined == diff.tensors.height
+            label += " (the types differ)" if every else f" (the types of {undefined} tensors differ)"
         shown = "–" if summary[count] is None else f"{summary[count]:,}"
         table.add_row(label, percent(summary[share]), shown, percent(_density(summary[share])))
     for entry in summary["tolerances"]:

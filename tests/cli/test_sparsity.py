@@ -35,7 +35,7 @@ BASE = SAMPLE / "base"
 MEASURED: dict[str, dict[str, Any]] = json.loads((SAMPLE / "runs.json").read_text())["measured"]
 TOLERANCES = ("1e-5", "1e-8")
 KEYS = {
-    "base", "tuned", "tensors", "numel", "dtype_base", "dtype_tuned", "changed", "sparsity", "changed_bits",
+    "base", "tuned", "tensors", "numel", "dtype_base", "dtype_tuned", "compared_in", "changed", "sparsity", "changed_bits",
     "sparsity_bits", "changed_bf16", "sparsity_bf16", "tolerances", "l2_delta", "rel_l2", "max_abs_delta", "coverage",
     "bytes_read", "seconds",
 }  # fmt: skip
@@ -127,9 +127,9 @@ def test_coverage_names_what_was_not_compared(tmp_path: Path) -> None:
     found = run_json("sparsity", *pair)["coverage"]
     assert (found["compared"], found["only_base"], found["only_tuned"], found["shape_mismatch"]) == (1, ["x"], ["y"], ["s"])
     text = squeezed(run("sparsity", *pair).stdout)
-    assert "1 tensor only in the base: x" in text
-    assert "1 tensor only in the tuned side: y" in text
-    assert "1 tensor of different shapes: s" in text
+    assert "1 tensor, only in the base: x" in text
+    assert "1 tensor, only in the tuned side: y" in text
+    assert "1 tensor, of shapes that differ, and no rule relates them: s" in text
 
 
 # --- --out -----------------------------------------------------------------------------------------------------------
@@ -266,10 +266,10 @@ def test_the_table_shows_the_numbers_of_the_json(tmp_path: Path) -> None:
         assert re.search(rf"^ *{kind} .* {changed:,} ", done.stdout, re.MULTILINE), kind
 
 
-def test_different_types_are_said_and_bits_left_out() -> None:
+def test_different_types_are_said_and_bits_have_no_count() -> None:
     text = squeezed(run("sparsity", BASE, SAMPLE / "rl-adamw-fp32").stdout)
     assert "base stored in BF16, tuned in F32" in text
-    assert "in stored bits" not in text
+    assert "in stored bits (the types differ) – – –" in text
 
 
 @pytest.mark.parametrize(
