@@ -37,6 +37,7 @@ class Slot:
         self._host: list[Any] = [torch.empty(0, dtype=torch.uint8) for _ in range(sides)]
         self._there: list[Any] = [torch.empty(0, dtype=torch.uint8, device=device) for _ in range(sides)]
         self._sizes = [0] * sides
+        self._started = False
         if self._on_gpu:
             self._copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._used: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -50,10 +51,11 @@ class Slot:
         self._sizes[side] = nbytes
         return self._host[side].numpy()[:nbytes]
 
-    def to_device(self, copies: Any) -> list[Any]:
-        """Queue the copies on stream `copies`, and make the current stream wait for them."""
-        if not self._on_gpu:
-            return [host[:size] for host, size in zip(self._host, self._sizes, strict=True)]
+    def start_copy(self, copies: Any) -> None:
+        """Queue the copies on stream `copies`, behind whatever still reads the device buffers."""
+        if not self._on_gpu or self._started:
+            return
+        self._started = True
         with self._torch.cuda.stream(copies):
             copies.wait_event(self._used)
             for side, (host, size) in enumerate(zip(self._host, self._sizes, strict=True)):
@@ -61,6 +63,13 @@ class Slot:
                     self._there[side] = self._torch.empty(host.numel(), dtype=self._torch.uint8, device=self._device)
                 self._there[side][:size].copy_(host[:size], non_blocking=True)
             self._copied.record(copies)
+
+    def arrays(self, copies: Any) -> list[Any]:
+        """The bytes of every side on the device; the current stream waits until they are there."""
+        if not self._on_gpu:
+            return [host[:size] for host, size in zip(self._host, self._sizes, strict=True)]
+        self.start_copy(copies)
+        self._started = False
         current = self._torch.cuda.current_stream(self._device)
         current.wait_event(self._copied)
         for there in self._there:
@@ -102,7 +111,10 @@ def run(
                 read_ahead()
                 window, slot, future = reading.popleft()
                 future.result()
-                yield window, slot.to_device(copies)
+                raw = slot.arrays(copies)
+                if reading and reading[0][2].done() and reading[0][2].exception() is None:
+                    reading[0][1].start_copy(copies)  # the next window crosses while this one is computed
+                yield window, raw
                 slot.release()
                 free.append(slot)
 

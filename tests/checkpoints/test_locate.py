@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -327,3 +328,22 @@ def test_link_to_nothing(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         checkpoints.open(str(tmp_path))
     assert str(tmp_path / "model.safetensors") in str(caught.value)
+
+
+def test_pipes_in_place_of_small_files_do_not_hang(tmp_path):
+    save(tmp_path / "model.safetensors", {"w": torch.zeros(1)})
+    os.mkfifo(tmp_path / "config.json")
+    checkpoint = checkpoints.open(str(tmp_path))
+    assert checkpoint.config is None
+    checkpoint.close()
+    os.mkfifo(tmp_path / "other.safetensors.index.json")
+    with pytest.raises(BrokenFile, match="not a regular file"):
+        checkpoints.open(str(tmp_path / "other.safetensors.index.json"))
+
+
+def test_an_adapter_beside_a_model_is_named(tmp_path):
+    save(tmp_path / "model.safetensors", {"w": torch.zeros(1)})
+    save(tmp_path / "adapter_model.safetensors", {"w": torch.zeros(1)})
+    checkpoint = checkpoints.open(str(tmp_path))
+    assert any("adapter_model.safetensors ignored" in warning for warning in checkpoint.warnings)
+    checkpoint.close()
