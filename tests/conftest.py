@@ -1,0 +1,10 @@
+"""Settings for all tests: no example has a time limit, and CI tries the same examples each time."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+settings.register_profile("paramdiff", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("paramdiff")
