@@ -163,7 +163,7 @@ class NumpyArrays:
 
 
 class TorchArrays:
-    """torch on one device; results are queued, and only `to_host` waits."""
+    """torch on one device; results are queued, and only `to_host`, `scalars_to_host` and `positions` wait."""
 
     eager = False
 

@@ -55,7 +55,7 @@ MAGNITUDE = {
     "mean_abs_delta": ("Float64", "mean of |Δ|"),
     "mean_delta": ("Float64", "mean of Δ, signed"),
     "dot": ("Float64", "inner product of base and tuned"),
-    "cosine": ("Float64", "dot / (l2_base · l2_tuned); null where a norm is zero"),
+    "cosine": ("Float64", "dot / (l2_base · l2_tuned); null where a norm is zero or beyond float64"),
 }
 
 ROWS = {

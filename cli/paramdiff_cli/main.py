@@ -38,7 +38,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            _fail("Interrupted; nothing was written.", 130)
+            _fail("Interrupted; no half result was left behind.", 130)
         except BrokenPipeError:  # `paramdiff … | head`: the reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         except (MemoryError, OSError) as error:

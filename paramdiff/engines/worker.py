@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import sys
-import traceback
 
 from threadpoolctl import threadpool_limits
 
@@ -36,10 +34,8 @@ def main() -> None:
                 result = fold(x, alignment.tensors[span.tensor], blocks, measures, options)
                 pickle.dump((span, result), answers, protocol=pickle.HIGHEST_PROTOCOL)
                 answers.flush()
-        except EOFError:
+        except (EOFError, BrokenPipeError):  # the parent has what it wanted, or is gone
             return
-        except BrokenPipeError:
-            sys.exit(1)
         except BaseException as error:  # handed to the parent, which raises it
             answers.write(_portable(error))
             answers.flush()
@@ -51,6 +47,6 @@ def _portable(error: BaseException) -> bytes:
         data = pickle.dumps(error)
         pickle.loads(data)
     except Exception:
-        what = "".join(traceback.format_exception(error)).rstrip()
-        data = pickle.dumps(ParamdiffError(f"A worker failed with {type(error).__name__}: {error}.", hint=what))
+        message = f"A worker failed with {type(error).__name__}: {error}."
+        data = pickle.dumps(ParamdiffError(message, hint="Use --threads 1 --debug to see where."))
     return data

@@ -51,7 +51,7 @@ class Accumulator:
             if isinstance(counts, np.ndarray):
                 self.arrays[name] = np.zeros(size, dtype=np.int64)
             else:
-                self.arrays[name] = counts.new_zeros(size, dtype=_int64_of(counts))
+                self.arrays[name] = counts.new_zeros(size)  # int64, as every backend counts
         self.arrays[name][at : at + len(counts)] += counts
 
     def settle(self, x: Arrays) -> Accumulator:
@@ -93,9 +93,3 @@ def exact_sum(parts: Sequence[float]) -> float:
     except (OverflowError, ValueError):  # beyond float64, or inf - inf
         with np.errstate(all="ignore"):
             return float(np.sum(parts))
-
-
-def _int64_of(tensor: Any) -> Any:
-    import torch
-
-    return torch.int64

@@ -52,8 +52,7 @@ class PairBlock:
         return int(self.moved_bits[0].shape[0])
 
     def _values(self, side: int, bits: Array) -> Array:
-        value = dtypes.values(self.x, self.types[side], bits, self.tensor.compute)
-        return value
+        return dtypes.values(self.x, self.types[side], bits, self.tensor.compute)
 
     def _bits_of(self, values: Array) -> Array:
         if self.tensor.compute == "i64":
