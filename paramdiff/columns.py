@@ -67,6 +67,42 @@ ROWS = {
     "top1pct_cols_share": ("Float64", "share of all changes that the 1 % of columns with most of them hold"),
 }
 
+RANKS = {
+    "name": ("String", "parameter"),
+    "layer": ("Int64", "number of the layer; null outside layers"),
+    "module": ("String", "the part that holds the parameter"),
+    "kind": ("String", "embedding, attention, mlp, norm, head or other"),
+    "expert": ("Int64", "number of the expert, one row each where all are stored in one tensor; null outside experts"),
+    "rows": ("Int64", "m, rows of the matrix (of a convolution: output channels)"),
+    "cols": ("Int64", "n, columns"),
+    "full_rank": ("Int64", "min(m, n); null where there is no spectrum"),
+    "numeric_rank": (
+        "Int64",
+        "singular values above σ₁·max(m, n)·2⁻²³: `torch.linalg.matrix_rank` of a float32 Δ (arXiv 2505.11711, Table 2)",
+    ),
+    "numeric_rank_percent": ("Float64", "% of min(m, n)"),
+    "rank_at_1e-2": ("Int64", "singular values above σ₁/100"),
+    "rank_at_1e-3": ("Int64", "singular values above σ₁/1000"),
+    "energy_rank_90": ("Int64", "smallest k whose k largest σ² hold 90 % of their sum"),
+    "energy_rank_90_percent": ("Float64", "% of min(m, n)"),
+    "energy_rank_95": ("Int64", "the same for 95 %"),
+    "energy_rank_95_percent": ("Float64", "% of min(m, n)"),
+    "energy_rank_99": ("Int64", "the same for 99 % (arXiv 2602.07729)"),
+    "energy_rank_99_percent": ("Float64", "% of min(m, n)"),
+    "stable_rank": ("Float64", "‖Δ‖_F²/σ₁²"),
+    "entropy_rank": ("Float64", "exp(−Σ p log p), p = σ/Σσ (Roy & Vetterli 2007)"),
+    "sigma_1": ("Float64", "largest singular value, the spectral norm of Δ"),
+    "frobenius": ("Float64", "‖Δ‖_F, from the elements"),
+    "top1_share": ("Float64", "σ₁/‖Δ‖_F: how far one direction dominates (arXiv 2510.00553); null for a zero update"),
+    "energy_error": ("Float64", "|Σσ² − ‖Δ‖_F²|/‖Δ‖_F², a check of the arithmetic, below 1e-5; null for a zero update"),
+    "rank_uncertain": ("Boolean", "a σ lies within the arithmetic's error of the cut of numeric_rank"),
+    "resolution": ("Float64", "size below which a σ cannot be told from zero (of a sketch: bound on its error)"),
+    "structural_rank": ("Int64", "bound on the rank by where the entries are; known for method sparse"),
+    "components": ("Int64", "connected parts into which the entries fall; known for method sparse"),
+    "method": ("String", "how the spectrum was found: svd, gram, sparse or sketch; null where there is none"),
+    "note": ("String", "why there is no spectrum, or what went other than planned; else null"),
+}
+
 TABLES: dict[str, dict[str, tuple[str, str]]] = {
     "tensors": {**IDENTITY, **CHANGE, **MAGNITUDE, **ROWS},
     "histograms": {
@@ -82,6 +118,13 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
         "length": ("Int64", "how many rows (columns) there are"),
         "across": ("Int64", "elements in each"),
         "changed": ("List(UInt32)", "changed elements of each row (column), in order"),
+    },
+    "ranks": RANKS,
+    "spectra": {
+        "name": ("String", "parameter"),
+        "expert": ("Int64", "number of the expert; null outside experts"),
+        "index": ("Int64", "1 for the largest"),
+        "sigma": ("Float64", "singular value of Δ, zeros included; see `resolution` of ranks.parquet"),
     },
     "coverage": {
         "name": ("String", "parameter"),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from paramdiff import checkpoints
 from paramdiff.collect import Collected, Progress, collect
 from paramdiff.errors import OptionError
-from paramdiff.measures import MEASURES, Measure, make_options, select
+from paramdiff.measures import DEFAULT, Measure, make_options, select
 from paramdiff.pairing import Alignment, align
 
 if TYPE_CHECKING:
@@ -27,12 +27,13 @@ def compare(
     base: Ref,
     tuned: Ref,
     *,
-    measures: Sequence[str | Measure] = tuple(MEASURES),
+    measures: Sequence[str | Measure] = DEFAULT,
     tolerances: Sequence[float] = (),
     device: str = "auto",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     compat: str | None = None,
+    method: str = "exact",
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Diff:
@@ -40,11 +41,14 @@ def compare(
 
     Args:
         base, tuned: checkpoint directories or files (see `checkpoints.open`).
-        measures: names from `measures.MEASURES`, or objects of your own (see `measures.Measure`).
+        measures: names from `measures.MEASURES`, or objects of your own (see `measures.Measure`). "spectrum" gives singular
+            values and ranks, and takes longer than reading.
         tolerances: each gives `above[τ]`, the elements with |Δ| > τ, and `sparsity[τ]`.
         device: "auto", "cpu", "cuda" or "cuda:N". Counts are the same on all of them; sums agree to float64 rounding.
         include, exclude: regular expressions searched in parameter names.
         compat: "mukherjee2025" reproduces the counts of that paper's script (see `measures.compat`).
+        method: "exact" finds every singular value; "sketch" only the leading ones of large matrices, with a bound on their
+            error (see `paramdiff.sketch`).
         threads: CPU workers; all cores by default.
         progress: called with (bytes done, bytes in all).
 
@@ -55,7 +59,7 @@ def compare(
     >>> diff.summary()["changed"]
     105071
     """
-    options = make_options(tolerances, compat)
+    options = make_options(tolerances, compat, method)
     if threads is not None and threads < 1:
         raise OptionError(f"{threads} is no number of workers.", hint="Give 1 or more.")
     chosen = select(measures, options)
@@ -80,6 +84,7 @@ def compare(
         "include": list(include),
         "exclude": list(exclude),
         "compat": compat,
+        "method": method,
     }
     return _diff(alignment, result, asked)
 
@@ -98,7 +103,7 @@ def _diff(alignment: Alignment, result: Collected, asked: dict[str, Any]) -> Dif
     frames = {"tensors": tables.frame("tensors", result.rows)}
     frames |= {name: tables.frame(name, rows) for name, rows in result.tables.items()}
     frames["coverage"] = tables.coverage_frame(alignment.coverage)
-    packages = ("paramdiff", "numpy", "polars", "torch")
+    packages = ("paramdiff", "numpy", "polars", "scipy", "torch")
     run = {
         "base": base.facts(),
         "tuned": tuned.facts(),

@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from paramdiff import tables
+from paramdiff.errors import OptionError
 from paramdiff.output import load_tables, save_tables
 
 Ref = str | PathLike[str]
@@ -34,6 +35,25 @@ class Diff:
     @property
     def coverage(self) -> pl.DataFrame:
         return self.tables["coverage"]
+
+    @property
+    def ranks(self) -> pl.DataFrame:
+        """One row per matrix: every definition of rank. Raises `OptionError` where "spectrum" was not measured."""
+        if "ranks" not in self.tables:
+            raise OptionError("This comparison has no spectra.", hint='Compare with measures=["change", "spectrum"].')
+        return self.tables["ranks"]
+
+    def ranks_by(self, *keys: str) -> pl.DataFrame:
+        """Roll up ranks by one or more columns; without any, over all matrices.
+
+        Percentages are of the summed full ranks, medians over the matrices that changed (see `tables.pooled_ranks`).
+
+        >>> from paramdiff import compare
+        >>> diff = compare("sample_data/base", "sample_data/rl-sgd", measures=["change", "spectrum"])
+        >>> diff.ranks_by("kind")["matrices"].to_list()
+        [1, 12, 16, 1]
+        """
+        return tables.roll_up_ranks(self.ranks, keys)
 
     def by(self, *keys: str) -> pl.DataFrame:
         """Roll up by one or more columns (`"layer"`, `"module"`, `"kind"`, `"expert"`), pooling elements.

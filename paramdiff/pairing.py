@@ -54,14 +54,20 @@ class Aligned:
     def rows(self) -> int:
         if not self.is_matrix:
             return min(self.numel, 1)
-        return math.prod(self.shape[:-1]) if self._is_stack else self.shape[0]
+        return math.prod(self.shape[:-1]) if self.is_stack else self.shape[0]
 
     @property
     def cols(self) -> int:
         return self.numel // self.rows if self.rows else 0
 
     @property
-    def _is_stack(self) -> bool:
+    def matrices(self) -> tuple[int, int, int]:
+        """How many matrices it holds, one after the other, and the rows and columns of each."""
+        return self.shape if self.is_stack else (1, self.rows, self.cols)  # type: ignore[return-value]
+
+    @property
+    def is_stack(self) -> bool:
+        """True for the matrices of all experts in one tensor."""
         return len(self.shape) == 3 and "experts" in self.name
 
 

@@ -98,6 +98,21 @@ def spans(alignment: Alignment, block: int = BLOCK, span_bytes: int = SPAN_BYTES
     return work
 
 
+def whole_spans(alignment: Alignment, block: int = BLOCK) -> list[Span]:
+    """The same work with one span for each tensor, the one with most to do for a spectrum first: what is begun last should
+    not take long."""
+    return sorted(spans(alignment, block, span_bytes=1 << 62), key=lambda s: -effort(alignment.tensors[s.tensor]))
+
+
+def effort(tensor: Aligned) -> int:
+    """Roughly the floating-point operations that the spectra of a tensor take: a Gram matrix and its eigenvalues."""
+    if not tensor.is_matrix:
+        return tensor.numel
+    count, rows, cols = tensor.matrices
+    short = min(rows, cols)
+    return tensor.numel * (short + 1) + 4 * count * short**3
+
+
 def _place_on_disk(alignment: Alignment, index: int) -> tuple[int, int]:
     return alignment.checkpoints[0].position(alignment.tensors[index].sides[0].name)
 

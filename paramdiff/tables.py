@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,8 +17,9 @@ from paramdiff.pairing import Uncompared
 
 _TYPES: dict[str, Any] = {
     "String": pl.String, "Int64": pl.Int64, "Float64": pl.Float64,
-    "List(Int64)": pl.List(pl.Int64), "List(UInt32)": pl.List(pl.UInt32),
+    "Boolean": pl.Boolean, "List(Int64)": pl.List(pl.Int64), "List(UInt32)": pl.List(pl.UInt32),
 }  # fmt: skip
+_EXPLODED = {"spectra": ["index", "sigma"]}  # given as arrays, stored as one row for each of their elements
 _SUMMED = ("numel", "changed", "changed_bits", "changed_bf16", "sign_flips", "nonfinite_base", "nonfinite_tuned", "finite")
 _SHARES = {"sparsity": "changed", "sparsity_bits": "changed_bits", "sparsity_bf16": "changed_bf16"}
 
@@ -34,7 +35,9 @@ def frame(table: str, rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
             schema[name] = None
     # numpy arrays become list columns without passing through Python integers
     data = {name: [row[name] for row in rows] for name in known}
-    return pl.DataFrame({n: pl.Series(n, v, dtype=schema[n], strict=False) for n, v in data.items()})
+    lists = _EXPLODED.get(table, ())
+    series = [pl.Series(n, v, dtype=pl.List(schema[n]) if n in lists else schema[n], strict=False) for n, v in data.items()]
+    return pl.DataFrame(series).explode(lists) if lists else pl.DataFrame(series)
 
 
 def coverage_frame(coverage: Sequence[Uncompared]) -> pl.DataFrame:
@@ -47,19 +50,27 @@ def roll_up(tensors: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
 
     Raises `OptionError` for a key that is no column.
     """
-    unknown = [key for key in keys if key not in tensors.columns]
+    return _grouped(tensors.filter(pl.col("duplicate_of").is_null()), keys, pooled)
+
+
+def roll_up_ranks(ranks: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
+    """Pool matrices by `keys` (none: all in one row); see `pooled_ranks`. Raises `OptionError` as `roll_up` does."""
+    return _grouped(ranks, keys, pooled_ranks)
+
+
+def _grouped(table: pl.DataFrame, keys: Sequence[str], pool: Callable[[pl.DataFrame], dict[str, Any]]) -> pl.DataFrame:
+    unknown = [key for key in keys if key not in table.columns]
     if unknown:
         raise OptionError(f"There is no column {unknown[0]!r} to group by.", hint="Try layer, module, kind or expert.")
-    nested = [key for key in keys if tensors.schema[key].is_nested()]
+    nested = [key for key in keys if table.schema[key].is_nested()]
     if nested:
         raise OptionError(f"Column {nested[0]!r} holds lists and cannot group.", hint="Try layer, module or kind.")
-    counted = tensors.filter(pl.col("duplicate_of").is_null())
     if not keys:
-        return pl.DataFrame([pooled(counted)], infer_schema_length=None)
-    groups = counted.partition_by(list(keys), as_dict=True, maintain_order=True)
-    rows = [{**dict(zip(keys, key, strict=True)), **pooled(group)} for key, group in groups.items()]
+        return pl.DataFrame([pool(table)], infer_schema_length=None)
+    groups = table.partition_by(list(keys), as_dict=True, maintain_order=True)
+    rows = [{**dict(zip(keys, key, strict=True)), **pool(group)} for key, group in groups.items()]
     # A group in which a column is null throughout must not decide its type.
-    types = {name: tensors.schema[name] for name in rows[0] if name in tensors.schema} if rows else {}
+    types = {name: table.schema[name] for name in rows[0] if name in table.schema} if rows else {}
     return pl.DataFrame(rows, schema_overrides=types, infer_schema_length=None)
 
 
@@ -79,6 +90,38 @@ def pooled(group: pl.DataFrame) -> dict[str, Any]:
     if "l2_delta" in group.columns:
         row["max_abs_delta"] = float(group["max_abs_delta"].max() or 0.0)  # type: ignore[arg-type]
         row |= derived(_sums(group), row["finite"])
+    return row
+
+
+def pooled_ranks(group: pl.DataFrame) -> dict[str, Any]:
+    """One row for a group of matrices.
+
+    Ranks are added up, and their percentages taken of the added-up full ranks: the rank of all matrices side by side on one
+    diagonal. `numeric_rank_percent_mean` is the plain mean over matrices that papers report. Stable rank, entropy rank and
+    top-1 share have no such sum; their medians over matrices that changed are given. A sum over values of which one is
+    unknown is null.
+    """
+    known = group.filter(pl.col("method").is_not_null())
+    changed = known.filter(pl.col("frobenius") > 0)
+    full = int(known["full_rank"].sum())
+    row: dict[str, Any] = {
+        "matrices": group.height,
+        "without_spectrum": group.height - known.height,
+        "zero": known.height - changed.height,
+        "methods": "+".join(known["method"].unique().sort()),
+        "full_rank": full,
+    }
+    for name in ("numeric_rank", "rank_at_1e-2", "rank_at_1e-3", "energy_rank_90", "energy_rank_95", "energy_rank_99"):
+        total = None if known[name].null_count() or not known.height else int(known[name].sum())
+        row[name] = total
+        row[f"{name}_percent"] = None if total is None or not full else 100 * total / full
+    row["numeric_rank_percent_mean"] = known["numeric_rank_percent"].mean()
+    row["numeric_rank_percent_min"] = known["numeric_rank_percent"].min()
+    for name in ("stable_rank", "entropy_rank", "top1_share"):
+        row[f"{name}_median"] = changed[name].median()
+    row["sigma_1_max"] = known["sigma_1"].max()
+    row["energy_error_max"] = known["energy_error"].max()
+    row["uncertain"] = int(known["rank_uncertain"].sum())
     return row
 
 

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from paramdiff import checkpoints, engines
 from paramdiff.engines import processes, threads, torch_device
 from paramdiff.errors import BrokenFile, ChangedWhileReading, ParamdiffError
-from paramdiff.measures import MEASURES, Accumulator, make_options, merge, select
+from paramdiff.measures import DEFAULT, Accumulator, make_options, merge, select
 from paramdiff.pairing import Alignment, align
 from paramdiff.streaming import spans
 
 OPTIONS = make_options([1e-5, 1e-3], None)
-MEASURED = select(list(MEASURES), OPTIONS)
+MEASURED = select(DEFAULT, OPTIONS)
 
 
 def models(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

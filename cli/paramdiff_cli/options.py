@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,19 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no tables, pro
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU workers; all cores by default.")]
 
 
+class Method(StrEnum):
+    """How spectra are found."""
+
+    exact = "exact"
+    sketch = "sketch"
+
+
+MethodOption = Annotated[
+    Method,
+    typer.Option("--method", help="exact: every singular value. sketch: the leading ones of large matrices, with a bound."),
+]
+
+
 class Compat(StrEnum):
     """Published scripts whose numbers can be reproduced."""
 
@@ -38,3 +51,19 @@ CompatOption = Annotated[
         "--compat", help="Count as this paper's script does (arXiv 2505.11711, 2602.07729), at each --tol or 1e-5."
     ),
 ]
+
+Measures = Annotated[
+    str | None,
+    typer.Option(
+        "--measures", help="What to measure in the one pass: change,magnitude,rows (the default), spectrum.", metavar="A,B,…"
+    ),
+]
+
+
+def chosen(measures: str | None) -> dict[str, Any]:
+    """The `measures` argument of `compare` for a list with commas; nothing where none was given.
+
+    >>> chosen("change, spectrum"), chosen(None)
+    ({'measures': ['change', 'spectrum']}, {})
+    """
+    return {} if measures is None else {"measures": [name.strip() for name in measures.split(",") if name.strip()]}

@@ -56,6 +56,16 @@ def warn(sentences: list[str]) -> None:
         print(f"paramdiff: warning: {printable(sentence)}", file=sys.stderr)
 
 
+def ranks(diff: Diff) -> dict[str, Any]:
+    """What `--json` says of ranks: pooled over everything, by module, by layer, and every matrix."""
+    return {
+        "ranks": diff.ranks_by().row(0, named=True),
+        "ranks_by_module": diff.ranks_by("module").to_dicts(),
+        "ranks_by_layer": diff.ranks_by("layer").to_dicts(),
+        "matrices": diff.ranks.to_dicts(),
+    }
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar with bytes, rate and time left on stderr; None where nobody watches."""

@@ -16,6 +16,7 @@ def sparsity(
     json: options.Json = False,
     quiet: options.Quiet = False,
     compat: options.CompatOption = None,
+    measures: options.Measures = None,
     threads: options.Threads = None,
 ) -> None:
     """How much did training change? Counts are exact; both files are read once.
@@ -31,6 +32,8 @@ def sparsity(
         paramdiff sparsity base/ tuned/ --include 'layers\\.0\\.' --exclude norm
 
         paramdiff sparsity base/ tuned/ --compat mukherjee2025 --tol 1e-5
+
+        paramdiff sparsity base/ tuned/ --measures change,spectrum
     """
     diff = sink.compared(
         base,
@@ -42,14 +45,20 @@ def sparsity(
         include=include or [],
         exclude=exclude or [],
         compat=compat.value if compat else None,
+        **options.chosen(measures),
         threads=threads,
     )
     if json:
-        sink.print_json(diff.summary())
+        sink.print_json(diff.summary() | (sink.ranks(diff) if "ranks" in diff.tables else {}))
     elif not quiet:
         from paramdiff_cli import render
 
         console = sink.console()
         render.show(console, diff)
+        if "ranks" in diff.tables:
+            from paramdiff_cli import render_ranks
+
+            console.print()
+            render_ranks.show(console, diff)
         if out is not None:
             console.print(render.plain(f"Tables written to {out}"), soft_wrap=True)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from paramdiff.engines.threads import Results
 from paramdiff.errors import DeviceError
-from paramdiff.measures import Measure, Options
+from paramdiff.machine import cores, memory
+from paramdiff.measures import Measure, Options, scratch, whole_tensors
 from paramdiff.pairing import Alignment
-from paramdiff.streaming import spans
+from paramdiff.streaming import effort, spans, whole_spans
 
 SMALL = 64 << 20  # bytes; below this starting worker processes costs more than the work
+LIGHT = 10_000_000_000  # floating-point operations; the same for spectra
 WORTH_A_GPU = 2 << 30  # bytes; below this starting CUDA costs more than the work
 
 
@@ -24,7 +26,8 @@ def run(
     `threads` is the number of CPU workers (default: all cores). "torch:cpu" runs the GPU's code on the CPU, for tests.
     Raises `DeviceError` for a device that is not there.
     """
-    work = spans(alignment)
+    whole = whole_tensors(measures)
+    work = whole_spans(alignment) if whole else spans(alignment)
     total = sum(span.nbytes for span in work)
     chosen = _resolve(device, total)
     if chosen != "cpu":
@@ -37,9 +40,20 @@ def run(
     from paramdiff.engines import processes
     from paramdiff.engines import threads as in_threads
 
-    if total <= SMALL or threads == 1 or not _travels(measures):
-        return "cpu", in_threads.run(alignment, work, measures, options, threads=threads or (1 if total <= SMALL else None))
-    return "cpu", processes.run(alignment, work, measures, options, workers=threads)
+    small = total <= SMALL and not (whole and sum(effort(tensor) for tensor in alignment.tensors) > LIGHT)
+    threads = threads or (1 if small else cores())
+    workers = min(threads, _room(alignment, measures))
+    # Where there are fewer tensors than cores, BLAS may use the rest of them.
+    blas = max(1, threads // min(workers, len(work) or 1)) if whole else 1
+    if small or workers == 1 or not _travels(measures):
+        return "cpu", in_threads.run(alignment, work, measures, options, threads=workers, blas=blas)
+    return "cpu", processes.run(alignment, work, measures, options, workers=workers, blas=blas)
+
+
+def _room(alignment: Alignment, measures: Sequence[Measure]) -> int:
+    """How many workers find room for what they gather, at least one."""
+    most = max((scratch(measures, tensor) for tensor in alignment.tensors), default=0)
+    return max(1, int(0.8 * memory()) // most) if most else 1 << 16
 
 
 def _travels(measures: Sequence[Measure]) -> bool:

@@ -18,8 +18,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import IO, Any
 
-from paramdiff.engines.threads import Result, Results, cores, next_of
+from paramdiff.engines.threads import Result, Results, next_of
 from paramdiff.errors import ParamdiffError
+from paramdiff.machine import cores
 from paramdiff.measures import Measure, Options, portable
 from paramdiff.pairing import Alignment
 from paramdiff.streaming import BLOCK, Span
@@ -34,13 +35,16 @@ def run(
     options: Options,
     *,
     workers: int | None = None,
+    blas: int = 1,
     block: int = BLOCK,
 ) -> Results:
-    """Do all spans of `work`. The first error of any worker stops the others and is raised here.
+    """Do all spans of `work`, each worker with `blas` threads of BLAS's.
+
+    The first error of any worker stops the others and is raised here.
 
     Raises `pickle.PicklingError`, `AttributeError` or `TypeError` where a measure of the user's own cannot travel.
     """
-    setup = pickle.dumps((alignment, portable(measures), options, block), protocol=pickle.HIGHEST_PROTOCOL)
+    setup = pickle.dumps((alignment, portable(measures), options, blas, block), protocol=pickle.HIGHEST_PROTOCOL)
     pending = deque(work)
     done: queue.SimpleQueue[tuple[subprocess.Popen[bytes], Result | BaseException]] = queue.SimpleQueue()
     crew = [_start() for _ in range(min(workers or cores(), len(work)))]

@@ -6,7 +6,6 @@ disk the kernel reads ahead (the files are opened as sequential) while the threa
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -15,17 +14,13 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from paramdiff.arrays import numpy_arrays
+from paramdiff.machine import cores
 from paramdiff.measures import Accumulator, Measure, Options, fold
 from paramdiff.pairing import Alignment
 from paramdiff.streaming import BLOCK, Buffers, Span, windows
 
 Result = tuple[Span, dict[str, Accumulator]]
 Results = Generator[Result, None, None]
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(
@@ -35,9 +30,13 @@ def run(
     options: Options,
     *,
     threads: int | None = None,
+    blas: int = 1,
     block: int = BLOCK,
 ) -> Results:
-    """Do all spans of `work`. The first error of any thread stops the others and is raised here."""
+    """Do all spans of `work`, each thread with `blas` threads of BLAS's.
+
+    The first error of any thread stops the others and is raised here.
+    """
     pending: queue.SimpleQueue[Span] = queue.SimpleQueue()
     for span in work:
         pending.put(span)
@@ -51,7 +50,7 @@ def run(
     ]
     # BLAS would start its own threads for a long dot product; beside ours they fight over the cores, and its split of the
     # sum would make results depend on their number.
-    with threadpool_limits(limits=1, user_api="blas"):
+    with threadpool_limits(limits=blas, user_api="blas"):
         for thread in crew:
             thread.start()
         try:

@@ -23,22 +23,22 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not end up among the answers
     x = numpy_arrays()
-    with threadpool_limits(limits=1, user_api="blas"):
-        try:
-            alignment, named, options, block = pickle.load(source)
-            measures = restored(named)
-            buffers = Buffers(len(alignment.checkpoints))
+    try:
+        alignment, named, options, blas, block = pickle.load(source)
+        measures = restored(named)
+        buffers = Buffers(len(alignment.checkpoints))
+        with threadpool_limits(limits=blas, user_api="blas"):  # after the measures have imported what they need of it
             while True:
                 span = pickle.load(source)
                 blocks = windows(alignment, span, buffers, block)
                 result = fold(x, alignment.tensors[span.tensor], blocks, measures, options)
                 pickle.dump((span, result), answers, protocol=pickle.HIGHEST_PROTOCOL)
                 answers.flush()
-        except (EOFError, BrokenPipeError):  # the parent has what it wanted, or is gone
-            return
-        except BaseException as error:  # handed to the parent, which raises it
-            answers.write(_portable(error))
-            answers.flush()
+    except (EOFError, BrokenPipeError):  # the parent has what it wanted, or is gone
+        return
+    except BaseException as error:  # handed to the parent, which raises it
+        answers.write(_portable(error))
+        answers.flush()
 
 
 def _portable(error: BaseException) -> bytes:

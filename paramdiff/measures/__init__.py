@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
 from paramdiff.arrays import Array, Arrays
 from paramdiff.errors import OptionError
-from paramdiff.measures import change, compat, magnitude, rows
 from paramdiff.measures.accumulator import Accumulator
 from paramdiff.measures.block import PairBlock
 from paramdiff.measures.options import Options, make_options
@@ -23,8 +22,8 @@ from paramdiff.pairing import Aligned
 from paramdiff.streaming import Window
 
 __all__ = [
-    "MEASURES", "Accumulator", "Measure", "Options", "PairBlock", "fold", "make_options", "merge", "portable", "restored",
-    "select",
+    "DEFAULT", "MEASURES", "Accumulator", "Measure", "Options", "PairBlock", "WholeTensorMeasure", "fold", "make_options",
+    "merge", "portable", "restored", "scratch", "select", "whole_tensors",
 ]  # fmt: skip
 
 
@@ -38,7 +37,20 @@ class Measure(Protocol):
     def tables(self, acc: Accumulator, tensor: Aligned) -> dict[str, list[dict[str, Any]]]: ...
 
 
-MEASURES: dict[str, Measure] = {module.NAME: module for module in (change, magnitude, rows)}
+@runtime_checkable
+class WholeTensorMeasure(Protocol):
+    """A measure that also has these two sees each tensor whole: all its blocks, in order, in one worker.
+
+    `finish` is called after the last block; it turns `acc.state` into something small in `acc.results`. `scratch` says how
+    many bytes a worker needs meanwhile.
+    """
+
+    def finish(self, acc: Accumulator, tensor: Aligned, options: Options, x: Arrays) -> None: ...
+    def scratch(self, tensor: Aligned) -> int: ...
+
+
+MEASURES = {name: f"paramdiff.measures.{name}" for name in ("change", "magnitude", "rows", "spectrum")}
+DEFAULT = ("change", "magnitude", "rows")  # what costs no more than reading
 
 
 def select(names: Sequence[str | Measure], options: Options) -> list[Measure]:
@@ -46,14 +58,29 @@ def select(names: Sequence[str | Measure], options: Options) -> list[Measure]:
 
     Raises `OptionError` for an unknown name.
     """
-    chosen: list[Measure] = [MEASURES["change"]]
-    for item in names:
-        if isinstance(item, str) and item not in MEASURES:
-            raise OptionError(f"Unknown measure {item!r}; known: {', '.join(MEASURES)}.")
-        measure = MEASURES[item] if isinstance(item, str) else item
+    chosen: list[Measure] = []
+    for item in ("change", *names, *(("compat",) if options.compat else ())):
+        if isinstance(item, str) and item not in (*MEASURES, "compat"):
+            raise OptionError(f"Unknown measure {item[:40]!r}; known: {', '.join(MEASURES)}.")
+        measure = _imported(f"paramdiff.measures.{item}") if isinstance(item, str) else item
         if measure not in chosen:
             chosen.append(measure)
-    return [*chosen, compat] if options.compat else chosen
+    return chosen
+
+
+def _imported(module: str) -> Measure:
+    """A measure by the name of its module. Some import much (scipy), so only those that are asked for are imported."""
+    return cast("Measure", import_module(module))
+
+
+def whole_tensors(measures: Sequence[Measure]) -> bool:
+    """Whether any measure must see tensors whole."""
+    return any(isinstance(measure, WholeTensorMeasure) for measure in measures)
+
+
+def scratch(measures: Sequence[Measure], tensor: Aligned) -> int:
+    """Bytes that a worker needs for one tensor beyond its buffers."""
+    return sum(measure.scratch(tensor) for measure in measures if isinstance(measure, WholeTensorMeasure))
 
 
 def portable(measures: Sequence[Measure]) -> list[str | Measure]:
@@ -63,7 +90,7 @@ def portable(measures: Sequence[Measure]) -> list[str | Measure]:
 
 def restored(named: Sequence[str | Measure]) -> list[Measure]:
     """The inverse of `portable`."""
-    return [cast("Measure", import_module(item)) if isinstance(item, str) else item for item in named]
+    return [_imported(item) if isinstance(item, str) else item for item in named]
 
 
 def fold(
@@ -81,6 +108,9 @@ def fold(
             block = PairBlock(x, tensor, window, raw)
             for measure in measures:
                 measure.update(accumulators[measure.NAME], block, options)
+        for measure in measures:
+            if isinstance(measure, WholeTensorMeasure):
+                measure.finish(accumulators[measure.NAME], tensor, options, x)
     return {name: accumulator.settle(x) for name, accumulator in accumulators.items()}
 
 

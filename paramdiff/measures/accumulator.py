@@ -29,6 +29,8 @@ class Accumulator:
         self.sums: dict[str, list[Number]] = defaultdict(list)
         self.maxima: dict[str, Number] = {}
         self.arrays: dict[str, Any] = {}
+        self.state: Any = None  # what a whole-tensor measure gathers; gone before the accumulator travels
+        self.results: dict[str, Any] = {}  # what it makes of it
 
     def add_count(self, name: str, count: Count) -> None:
         self.counts[name] = self.counts[name] + count
@@ -77,6 +79,7 @@ class Accumulator:
                 self.arrays[name] += array
             else:
                 self.arrays[name] = array
+        self.results |= other.results
 
     def sum(self, name: str) -> float:
         return exact_sum(self.sums[name])

@@ -255,6 +255,16 @@ class PairBlock:
         still = in_a - moved_a  # elements that did not move are the same on both sides
         return in_a, still + moved_b, still + moved_either
 
+    def beyond(self, part: slice) -> Count:
+        """How many of some elements of the block are NaN or infinite on either side."""
+        if self.index is None:
+            return 0 if self.finite is None else self.x.count(~self.finite[part])
+        return self.x.count(self._beyond[part])
+
+    @cached_property
+    def _beyond(self) -> Array:
+        return ~(self.x.isfinite(self._whole(0)) & self.x.isfinite(self._whole(1)))
+
     def _whole(self, side: int) -> Array:
         value = self._as_float(side, self._from_stored(side, self._stored[side]))
         return self.x.cast(value, self.x.f64)

@@ -1,0 +1,111 @@
+"""Tables of ranks for people: all definitions side by side, since one alone says what one wants it to say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from paramdiff_cli.render import KINDS, LISTED, make_table, number, plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from paramdiff import Diff
+
+DEFINITIONS = (
+    ("numeric_rank", "numeric rank, σ > σ₁·max(m,n)·2⁻²³"),
+    ("rank_at_1e-3", "σ > σ₁/1000"),
+    ("rank_at_1e-2", "σ > σ₁/100"),
+    ("energy_rank_99", "99 % of the energy Σσ²"),
+    ("energy_rank_95", "95 %"),
+    ("energy_rank_90", "90 %"),
+)
+
+
+def show(console: Console, diff: Diff) -> None:
+    """Everything that `paramdiff rank` says of ranks."""
+    total = diff.ranks_by().row(0, named=True)
+    if not total["matrices"]:
+        console.print("No tensor that was compared is a matrix, so there is no rank to speak of.")
+        return
+    for line in _remarks(diff, total):
+        console.print(line, soft_wrap=True)
+    if total["matrices"] == total["without_spectrum"]:
+        return
+    console.print(_overall(total))
+    console.print(_one_direction(total), soft_wrap=True)
+    for key in ["module", "layer"] if diff.ranks["layer"].drop_nulls().len() else ["module"]:
+        console.print(f"\n[bold]Ranks by {key}, in % of full rank[/bold]")
+        console.print(_rolled_up(diff, key))
+
+
+def _remarks(diff: Diff, total: dict[str, Any]) -> list[Text]:
+    matrices = total["matrices"] - total["without_spectrum"]
+    said = f"{matrices} matrices, of full rank {total['full_rank']:,} in all"
+    if total["zero"]:
+        said += f"; {total['zero']} of them did not change (rank 0)"
+    lines = [Text(said)]
+    if "sketch" in total["methods"]:
+        sketched = diff.ranks["method"].to_list().count("sketch")
+        lines.append(
+            Text(f"{sketched} of them sketched: leading σ only, each within `resolution` (ranks.parquet) of the truth")
+        )
+    without: dict[str, list[str]] = {}
+    for row in diff.ranks.filter(diff.ranks["note"].is_not_null()).to_dicts():
+        without.setdefault(row["note"], []).append(
+            row["name"] + ("" if row["expert"] is None else f" (expert {row['expert']})")
+        )
+    for note, names in without.items():
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        lines.append(plain(f"{', '.join(names[:LISTED])}{more}: {note}"))
+    if total["uncertain"]:
+        lines.append(
+            Text(f"{total['uncertain']} numeric ranks are uncertain: a σ lies within the arithmetic's error of the cut")
+        )
+    return lines
+
+
+def _overall(total: dict[str, Any]) -> Table:
+    table = make_table(["rank", "of full", "sum over matrices"])
+    for name, label in DEFINITIONS:
+        count = total[name]
+        table.add_row(label, _percent(total[f"{name}_percent"]), "–" if count is None else f"{count:,}")
+    return table
+
+
+def _one_direction(total: dict[str, Any]) -> Text:
+    parts = [f"stable rank {number(total['stable_rank_median'])}", f"entropy rank {number(total['entropy_rank_median'])}"]
+    parts.append(f"σ₁/‖Δ‖_F {number(total['top1_share_median'])} (medians over matrices that changed)")
+    parts.append(f"numeric rank {_percent(total['numeric_rank_percent_mean'])} on average over matrices")
+    return Text(" · ".join(parts))
+
+
+def _rolled_up(diff: Diff, key: str) -> Table:
+    heads = [key, "matrices", "numeric", "lowest", "σ>σ₁/1000", "σ>σ₁/100", "99 %", "95 %", "90 %"]
+    table = make_table([*heads, "stable", "entropy", "σ₁/‖Δ‖_F", "largest σ₁"])
+    rows = diff.ranks_by(key).to_dicts()
+    if key == "module":
+        kinds = dict(zip(diff.ranks["module"], diff.ranks["kind"], strict=True))
+        rows.sort(key=lambda row: KINDS.index(kinds[row["module"]]))
+    else:
+        rows.sort(key=lambda row: (row[key] is not None, row[key] or 0))
+    for row in rows:
+        label = "outside" if row[key] is None else str(row[key])
+        cells = [_percent(row["numeric_rank_percent"]), _percent(row["numeric_rank_percent_min"])]
+        cells += [_percent(row[f"{name}_percent"]) for name, _ in DEFINITIONS[1:]]
+        cells += [number(row[f"{name}_median"]) for name in ("stable_rank", "entropy_rank", "top1_share")]
+        table.add_row(plain(label), str(row["matrices"]), *cells, number(row["sigma_1_max"]))
+    return table
+
+
+def _percent(value: float | None) -> str:
+    """Already in percent. What is just below 100 is not shown as 100.
+
+    >>> _percent(99.996), _percent(100.0), _percent(None)
+    ('99.99 %', '100 %', '–')
+    """
+    if value is None:
+        return "–"
+    return f"{value:.0f} %" if value in (0, 100) else f"{min(value, 99.99):.2f} %"
