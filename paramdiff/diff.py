@@ -51,7 +51,7 @@ class Diff:
         >>> from paramdiff import compare
         >>> diff = compare("sample_data/base", "sample_data/rl-sgd", measures=["change", "spectrum"])
         >>> diff.ranks_by("kind")["matrices"].to_list()
-        [1, 12, 16, 1]
+        [1, 12, 16]
         """
         return tables.roll_up_ranks(self.ranks, keys)
 

@@ -42,7 +42,8 @@ KEYS = {
 ALSO = {"sign_flips", "nonfinite_base", "nonfinite_tuned"}
 COVERAGE = {"compared", "only_base", "only_tuned", "shape_mismatch", "not_numeric"}
 ALSO_COVERAGE = {"resized", "tied", "excluded"}
-FILES = {"tensors.parquet", "histograms.parquet", "rows.parquet", "coverage.parquet", "run.json"}
+DEFAULT_TABLES = ("tensors", "histograms", "rows", "coverage")
+FILES = {*(f"{name}.parquet" for name in DEFAULT_TABLES), "run.json"}
 
 
 def expanded(table: str, tolerances: tuple[float, ...]) -> dict[str, str]:
@@ -138,7 +139,7 @@ def test_coverage_names_what_was_not_compared(tmp_path: Path) -> None:
 def test_out_writes_the_tables_of_columns_py(tmp_path: Path) -> None:
     summary = run_json("sparsity", BASE, SAMPLE / "rl-sgd", "--tol", "1e-5", "--tol", "1e-8", "--out", tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
-    frames = {name: pl.read_parquet(tmp_path / "out" / f"{name}.parquet") for name in TABLES if f"{name}.parquet" in FILES}
+    frames = {name: pl.read_parquet(tmp_path / "out" / f"{name}.parquet") for name in DEFAULT_TABLES}
     for name, frame in frames.items():
         assert {column: str(kind) for column, kind in frame.schema.items()} == expanded(name, (1e-5, 1e-8)), name
         if name != "tensors":
@@ -178,7 +179,7 @@ def test_run_json_says_where_the_numbers_come_from(tmp_path: Path) -> None:
     assert set(told["versions"]) >= {"paramdiff", "numpy", "polars", "python"}
     assert (told["bytes_read"], told["seconds"]) == (summary["bytes_read"], summary["seconds"])
     assert told["warnings"] == []
-    assert set(told["tables"]) == set(TABLES)
+    assert set(told["tables"]) == set(DEFAULT_TABLES)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", told["started"])
 
 
@@ -191,7 +192,7 @@ def test_tables_without_rows_keep_their_types(tmp_path: Path) -> None:
     for side in "ab":
         write_checkpoint(tmp_path / f"{side}.safetensors", {"bias": ("F32", (4,)), f"only_{side}": ("F32", (1,))})
     run_json("sparsity", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--out", tmp_path / "out")
-    for name in TABLES:
+    for name in DEFAULT_TABLES:
         frame = pl.read_parquet(tmp_path / "out" / f"{name}.parquet")
         assert {column: str(kind) for column, kind in frame.schema.items()} == expanded(name, ()), name
 
@@ -199,7 +200,7 @@ def test_tables_without_rows_keep_their_types(tmp_path: Path) -> None:
 def test_the_same_run_twice_writes_the_same_tables(tmp_path: Path) -> None:
     for name in ("one", "two"):
         run_json("sparsity", BASE, SAMPLE / "rl-sgd", "--tol", "1e-5", "--out", tmp_path / name)
-    for name in TABLES:
+    for name in DEFAULT_TABLES:
         one, two = (pl.read_parquet(tmp_path / run / f"{name}.parquet") for run in ("one", "two"))
         assert one.equals(two, null_equal=True), name
 
@@ -445,7 +446,7 @@ def test_workers_do_not_change_the_result(tmp_path: Path, tolerance: str) -> Non
         out = tmp_path / workers
         found = run_json("sparsity", base, tuned, "--tol", tolerance, "--threads", workers, "--out", out)
         found.pop("seconds")
-        results.append((found, [pl.read_parquet(out / f"{name}.parquet").to_dicts() for name in TABLES]))
+        results.append((found, [pl.read_parquet(out / f"{name}.parquet").to_dicts() for name in DEFAULT_TABLES]))
     assert repr(results[0]) == repr(results[1])
     assert results[0][0]["changed"] > 0
 
