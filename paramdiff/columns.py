@@ -103,6 +103,41 @@ RANKS = {
     "note": ("String", "why there is no spectrum, or what went other than planned; else null"),
 }
 
+SUBSPACES = {
+    "name": ("String", "parameter"),
+    "layer": ("Int64", "number of the layer; null outside layers"),
+    "module": ("String", "the part that holds the parameter"),
+    "kind": ("String", "embedding, attention, mlp, norm, head or other"),
+    "expert": ("Int64", "number of the expert, one row each where all are stored in one tensor; null outside experts"),
+    "rows": ("Int64", "m, rows of the matrix"),
+    "cols": ("Int64", "n, columns"),
+    "k": ("Int64", "how many leading directions are compared"),
+    "angle_u_max": (
+        "Float64",
+        "largest principal angle between the k leading left singular vectors of both sides, in degrees",
+    ),
+    "angle_u_mean": ("Float64", "mean of the k angles, in degrees"),
+    "overlap_u": ("Float64", "mean of cos² of the k angles: 1 for the same subspace"),
+    "chance_u": ("Float64", "overlap of two random subspaces, k/m"),
+    "angle_v_max": ("Float64", "the same for right singular vectors"),
+    "angle_v_mean": ("Float64", "the same for right singular vectors"),
+    "overlap_v": ("Float64", "the same for right singular vectors"),
+    "chance_v": ("Float64", "k/n"),
+    "gap": ("Float64", "(σ_k − σ_k+1)/σ₁ of the base; angles mean little where it is small"),
+    "nss": ("Float64", "spectrum drift ‖σ(W₊) − σ(W₀)‖₂/‖σ(W₀)‖₂ over all singular values (arXiv 2511.08567)"),
+    "largest_sigma_shift": ("Float64", "largest |σ_i(W₊) − σ_i(W₀)|; at most ‖Δ‖₂ (Weyl)"),
+    "sigma_shift_share": (
+        "Float64",
+        "‖σ(W₊) − σ(W₀)‖₂/‖Δ‖_F, at most 1 (Mirsky): how much of the update went into the spectrum",
+    ),
+    "changed": ("Int64", "elements that differ after rounding to bf16, |M|"),
+    "alpha": ("Float64", "share of elements in each mask"),
+    "principal_overlap": ("Float64", "|M ∩ principal|/|M|: top α of the rank-k part of |W₀|; null where nothing changed"),
+    "low_overlap": ("Float64", "|M ∩ low|/|M|: bottom α of |W₀|, ties in proportion; null where nothing changed"),
+    "chance": ("Float64", "overlap of an update that does not care, α"),
+    "note": ("String", "why there is nothing to compare; else null"),
+}
+
 TABLES: dict[str, dict[str, tuple[str, str]]] = {
     "tensors": {**IDENTITY, **CHANGE, **MAGNITUDE, **ROWS},
     "histograms": {
@@ -125,6 +160,22 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
         "expert": ("Int64", "number of the expert; null outside experts"),
         "index": ("Int64", "1 for the largest"),
         "sigma": ("Float64", "singular value of Δ, zeros included; see `resolution` of ranks.parquet"),
+    },
+    "subspaces": SUBSPACES,
+    "angles": {
+        "name": ("String", "parameter"),
+        "expert": ("Int64", "number of the expert; null outside experts"),
+        "k": ("Int64", "dimension of the two subspaces"),
+        "side": ("String", "u (left singular vectors, output side of a linear layer) or v (right)"),
+        "index": ("Int64", "1 for the smallest"),
+        "degrees": ("Float64", "principal angle"),
+    },
+    "weight_spectra": {
+        "name": ("String", "parameter"),
+        "expert": ("Int64", "number of the expert; null outside experts"),
+        "index": ("Int64", "1 for the largest"),
+        "sigma_base": ("Float64", "singular value of the base"),
+        "sigma_tuned": ("Float64", "singular value of the tuned side"),
     },
     "coverage": {
         "name": ("String", "parameter"),

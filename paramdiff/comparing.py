@@ -34,6 +34,8 @@ def compare(
     exclude: Sequence[str] = (),
     compat: str | None = None,
     method: str = "exact",
+    ks: Sequence[int] = (16, 64),
+    alpha: float = 0.5,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Diff:
@@ -42,13 +44,14 @@ def compare(
     Args:
         base, tuned: checkpoint directories or files (see `checkpoints.open`).
         measures: names from `measures.MEASURES`, or objects of your own (see `measures.Measure`). "spectrum" gives singular
-            values and ranks, and takes longer than reading.
+            values and ranks of Δ, "subspace" compares the leading directions of both sides; both take longer than reading.
         tolerances: each gives `above[τ]`, the elements with |Δ| > τ, and `sparsity[τ]`.
         device: "auto", "cpu", "cuda" or "cuda:N". Counts are the same on all of them; sums agree to float64 rounding.
         include, exclude: regular expressions searched in parameter names.
         compat: "mukherjee2025" reproduces the counts of that paper's script (see `measures.compat`).
         method: "exact" finds every singular value; "sketch" only the leading ones of large matrices, with a bound on their
             error (see `paramdiff.sketch`).
+        ks, alpha: for "subspace": how many leading directions to compare, and the share of elements in each mask.
         threads: CPU workers; all cores by default.
         progress: called with (bytes done, bytes in all).
 
@@ -59,7 +62,7 @@ def compare(
     >>> diff.summary()["changed"]
     105071
     """
-    options = make_options(tolerances, compat, method)
+    options = make_options(tolerances, compat, method, ks, alpha)
     if threads is not None and threads < 1:
         raise OptionError(f"{threads} is no number of workers.", hint="Give 1 or more.")
     chosen = select(measures, options)
@@ -85,6 +88,8 @@ def compare(
         "exclude": list(exclude),
         "compat": compat,
         "method": method,
+        "ks": list(options.ks),
+        "alpha": alpha,
     }
     return _diff(alignment, result, asked)
 

@@ -55,6 +55,23 @@ class Diff:
         """
         return tables.roll_up_ranks(self.ranks, keys)
 
+    @property
+    def subspaces(self) -> pl.DataFrame:
+        """One row per matrix and k: angles, drift and overlaps. Raises `OptionError` where "subspace" was not measured."""
+        if "subspaces" not in self.tables:
+            raise OptionError("This comparison has no subspaces.", hint='Compare with measures=["change", "subspace"].')
+        return self.tables["subspaces"]
+
+    def subspaces_by(self, *keys: str) -> pl.DataFrame:
+        """Roll up subspaces by k and one or more columns (see `tables.pooled_subspaces`).
+
+        >>> from paramdiff import compare
+        >>> diff = compare("sample_data/base", "sample_data/rl-sgd", measures=["change", "subspace"], ks=[8])
+        >>> diff.subspaces_by("kind")["kind"].to_list()
+        ['embedding', 'mlp', 'attention']
+        """
+        return tables.roll_up_subspaces(self.subspaces, keys)
+
     def by(self, *keys: str) -> pl.DataFrame:
         """Roll up by one or more columns (`"layer"`, `"module"`, `"kind"`, `"expert"`), pooling elements.
 

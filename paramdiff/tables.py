@@ -19,7 +19,11 @@ _TYPES: dict[str, Any] = {
     "String": pl.String, "Int64": pl.Int64, "Float64": pl.Float64,
     "Boolean": pl.Boolean, "List(Int64)": pl.List(pl.Int64), "List(UInt32)": pl.List(pl.UInt32),
 }  # fmt: skip
-_EXPLODED = {"spectra": ["index", "sigma"]}  # given as arrays, stored as one row for each of their elements
+_EXPLODED = {
+    "spectra": ["index", "sigma"],
+    "angles": ["index", "degrees"],
+    "weight_spectra": ["index", "sigma_base", "sigma_tuned"],
+}  # given as arrays, stored as one row for each of their elements
 _SUMMED = ("numel", "changed", "changed_bits", "changed_bf16", "sign_flips", "nonfinite_base", "nonfinite_tuned", "finite")
 _SHARES = {"sparsity": "changed", "sparsity_bits": "changed_bits", "sparsity_bf16": "changed_bf16"}
 
@@ -56,6 +60,11 @@ def roll_up(tensors: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
 def roll_up_ranks(ranks: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
     """Pool matrices by `keys` (none: all in one row); see `pooled_ranks`. Raises `OptionError` as `roll_up` does."""
     return _grouped(ranks, keys, pooled_ranks)
+
+
+def roll_up_subspaces(found: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
+    """Pool matrices by k and `keys`; see `pooled_subspaces`. Raises `OptionError` as `roll_up` does."""
+    return _grouped(found, ["k", *keys], pooled_subspaces)
 
 
 def _grouped(table: pl.DataFrame, keys: Sequence[str], pool: Callable[[pl.DataFrame], dict[str, Any]]) -> pl.DataFrame:
@@ -123,6 +132,22 @@ def pooled_ranks(group: pl.DataFrame) -> dict[str, Any]:
     row["energy_error_max"] = known["energy_error"].max()
     row["uncertain"] = int(known["rank_uncertain"].sum())
     return row
+
+
+def pooled_subspaces(group: pl.DataFrame) -> dict[str, Any]:
+    """One row for a group of matrices at one k: means, medians and maxima over matrices; the two mask overlaps over all
+    changed elements of the group."""
+    known = group.filter(pl.col("note").is_null())
+    moved = known.filter(pl.col("changed") > 0)
+    row: dict[str, Any] = {"matrices": group.height, "left_out": group.height - known.height}
+    for name in ("angle_u_max", "angle_v_max"):
+        row[f"{name}_median"], row[name] = known[name].median(), known[name].max()
+    for name in ("overlap_u", "chance_u", "overlap_v", "chance_v", "nss", "sigma_shift_share"):
+        row[f"{name}_mean"] = known[name].mean()
+    row |= {"nss_max": known["nss"].max(), "changed": int(known["changed"].sum())}
+    for name in ("principal_overlap", "low_overlap"):
+        row[name] = float((moved[name] * moved["changed"]).sum()) / row["changed"] if row["changed"] else None
+    return row | {"chance": group["chance"].max()}
 
 
 def _sums(group: pl.DataFrame) -> dict[str, float]:

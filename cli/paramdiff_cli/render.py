@@ -142,6 +142,12 @@ def rolled_up(diff: Diff, key: str) -> Table:
     return table
 
 
+def by_kind(rows: list[dict[str, Any]], table: Any) -> None:
+    """Sort rows for modules by what kind they are, in the order of `KINDS`."""
+    kinds = dict(zip(table["module"], table["kind"], strict=True))
+    rows.sort(key=lambda row: KINDS.index(kinds[row["module"]]))
+
+
 def layers_by_modules(diff: Diff, column: str) -> tuple[Table, Text]:
     """A pivot, one row per layer and one column per module with `column` in the cells; and what lies outside layers."""
     cells = {(row["layer"], row["module"]): row for row in diff.by("layer", "module").to_dicts()}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from paramdiff_cli.render import KINDS, LISTED, make_table, number, plain
+from paramdiff_cli.render import LISTED, LONGEST, by_kind, make_table, number, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,18 +52,24 @@ def _remarks(diff: Diff, total: dict[str, Any]) -> list[Text]:
         lines.append(
             Text(f"{sketched} of them sketched: leading σ only, each within `resolution` (ranks.parquet) of the truth")
         )
-    without: dict[str, list[str]] = {}
-    for row in diff.ranks.filter(diff.ranks["note"].is_not_null()).to_dicts():
-        without.setdefault(row["note"], []).append(
-            row["name"] + ("" if row["expert"] is None else f" (expert {row['expert']})")
-        )
-    for note, names in without.items():
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        lines.append(plain(f"{', '.join(names[:LISTED])}{more}: {note}"))
+    lines += notes(diff.ranks)
     if total["uncertain"]:
         lines.append(
             Text(f"{total['uncertain']} numeric ranks are uncertain: a σ lies within the arithmetic's error of the cut")
         )
+    return lines
+
+
+def notes(table: Any) -> list[Text]:
+    """What the column `note` says, a line for each thing that is said."""
+    said: dict[str, list[str]] = {}
+    for row in table.filter(table["note"].is_not_null()).to_dicts():
+        name = row["name"][:LONGEST] + ("" if row["expert"] is None else f" (expert {row['expert']})")
+        said.setdefault(row["note"], []).append(name)
+    lines = []
+    for note, names in said.items():
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        lines.append(plain(f"{', '.join(names[:LISTED])}{more}: {note}"))
     return lines
 
 
@@ -87,8 +93,7 @@ def _rolled_up(diff: Diff, key: str) -> Table:
     table = make_table([*heads, "stable", "entropy", "σ₁/‖Δ‖_F", "largest σ₁"])
     rows = diff.ranks_by(key).to_dicts()
     if key == "module":
-        kinds = dict(zip(diff.ranks["module"], diff.ranks["kind"], strict=True))
-        rows.sort(key=lambda row: KINDS.index(kinds[row["module"]]))
+        by_kind(rows, diff.ranks)
     else:
         rows.sort(key=lambda row: (row[key] is not None, row[key] or 0))
     for row in rows:

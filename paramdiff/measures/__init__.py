@@ -49,7 +49,7 @@ class WholeTensorMeasure(Protocol):
     def scratch(self, tensor: Aligned) -> int: ...
 
 
-MEASURES = {name: f"paramdiff.measures.{name}" for name in ("change", "magnitude", "rows", "spectrum")}
+MEASURES = {name: f"paramdiff.measures.{name}" for name in ("change", "magnitude", "rows", "spectrum", "subspace")}
 DEFAULT = ("change", "magnitude", "rows")  # what costs no more than reading
 
 

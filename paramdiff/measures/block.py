@@ -197,7 +197,7 @@ class PairBlock:
         if self.index is None:
             beyond = 0 if self.finite is None else x.count(~x.isfinite(self.raw_a))
             return self.a64, self.energies[0], beyond
-        whole = self._whole(0)
+        whole = self.whole(0)
         energy = x.dot(whole, whole)
         if math.isfinite(energy) and self.finite is None:
             return whole, energy, 0
@@ -263,9 +263,10 @@ class PairBlock:
 
     @cached_property
     def _beyond(self) -> Array:
-        return ~(self.x.isfinite(self._whole(0)) & self.x.isfinite(self._whole(1)))
+        return ~(self.x.isfinite(self.whole(0)) & self.x.isfinite(self.whole(1)))
 
-    def _whole(self, side: int) -> Array:
+    def whole(self, side: int) -> Array:
+        """Every value of one side, as the file has it, in float64."""
         value = self._as_float(side, self._from_stored(side, self._stored[side]))
         return self.x.cast(value, self.x.f64)
 

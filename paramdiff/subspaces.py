@@ -1,0 +1,164 @@
+"""Base against tuned weights: principal angles, spectrum drift, and where the changed elements lie (arXiv 2511.08567).
+
+For two m × n matrices W₀ and W₊ whose leading k singular vectors are the columns of U₀, V₀ and U₊, V₊:
+
+* principal angles: cos θᵢ(U) = σᵢ(U₀ᵀU₊), the same for V. Small angles are taken from their sines, which cosines near one
+  cannot resolve (Björck & Golub, *Mathematics of Computation* 27, 1973).
+* spectrum drift: NSS = ‖σ(W₊) − σ(W₀)‖₂ / ‖σ(W₀)‖₂. By Mirsky's theorem the numerator is at most ‖W₊ − W₀‖_F.
+* overlap of the changed elements with the principal mask (the α·m·n largest elements of the rank-k part of |W₀|) and with
+  the low-magnitude mask (the α·m·n smallest of |W₀|). An update that does not care has overlap α.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+
+from paramdiff.singular import SMALL, THIN, U, add_gram, new_gram
+
+Matrix = np.ndarray[Any, Any]
+Slices = Callable[[], Iterator[tuple[Matrix, Matrix]]]  # (magnitudes as float32, which of them changed), piece by piece
+
+STEP = 1 << 20  # elements handled at a time
+
+
+@dataclass
+class Leading:
+    """All singular values of a matrix, and the leading singular vectors as columns of `u` and `v`.
+
+    Values below `resolution` cannot be told from zero.
+    """
+
+    sigma: Matrix
+    u: Matrix
+    v: Matrix
+    resolution: float
+
+
+def leading(w: Matrix, k: int) -> Leading:
+    """Singular values and the k leading singular vectors, in float64. Squares of elements must be within float64.
+
+    >>> found = leading(np.diag([1.0, 3.0, 2.0]), 2)
+    >>> found.sigma.round(12).tolist(), abs(found.u).round(12).tolist()
+    ([3.0, 2.0, 1.0], [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    """
+    short = min(w.shape)
+    k = min(k, short)
+    if w.size <= SMALL or short <= THIN:
+        u, sigma, vt = np.linalg.svd(w.astype(np.float64), full_matrices=False)
+        return Leading(sigma, u[:, :k], vt[:k].T, max(w.shape) * U * float(sigma[0]))
+    tall = w.shape[0] >= w.shape[1]
+    gram, step = new_gram(short), max(1, STEP // short)
+    for at in range(0, max(w.shape), step):
+        add_gram(gram, w[at : at + step] if tall else w[:, at : at + step].T)
+    squares = scipy.linalg.eigh(gram, lower=True, eigvals_only=True, check_finite=False)
+    _, vectors = scipy.linalg.eigh(
+        gram, lower=True, subset_by_index=[short - k, short - 1], driver="evr", check_finite=False
+    )
+    near = vectors[:, ::-1]  # singular vectors of the short side, largest first
+    far = _times(w if tall else w.T, near)
+    far = np.linalg.qr(far)[0]  # their norms are the singular values; orthogonal up to the error of the Gram matrix
+    sigma = np.sqrt(np.maximum(squares[::-1], 0.0))
+    resolution = float(np.sqrt((max(w.shape) + short) * U * gram.trace()))
+    return Leading(sigma, far, near, resolution) if tall else Leading(sigma, near, far, resolution)
+
+
+def _times(w: Matrix, vectors: Matrix) -> Matrix:
+    """w @ vectors in float64, piece by piece."""
+    step = max(1, STEP // w.shape[1])
+    return np.concatenate([w[at : at + step].astype(np.float64) @ vectors for at in range(0, w.shape[0], step)])
+
+
+def angles(a: Matrix, b: Matrix) -> Matrix:
+    """Principal angles in radians, ascending, between the spaces that the orthonormal columns of a and b span.
+
+    >>> angles(np.eye(3)[:, :2], np.eye(3)[:, 1:]).round(6).tolist()
+    [0.0, 1.570796]
+    """
+    inner = a.T @ b
+    cosines = np.linalg.svd(inner, compute_uv=False)
+    sines = np.linalg.svd(b - a @ inner, compute_uv=False)[::-1]
+    result: Matrix = np.arctan2(np.maximum(sines, 0.0), np.maximum(cosines, 0.0))
+    return result
+
+
+def principal_magnitudes(w: Matrix, vectors: Matrix, changed: Callable[[slice], Matrix]) -> Slices:
+    """|the part of w in the span of right singular `vectors`|, by rows, beside which elements of those rows changed."""
+    step = max(1, STEP // w.shape[1])
+
+    def slices() -> Iterator[tuple[Matrix, Matrix]]:
+        for at in range(0, w.shape[0], step):
+            rows = slice(at, min(at + step, w.shape[0]))
+            part = (w[rows].astype(np.float64) @ vectors) @ vectors.T
+            yield np.abs(part).astype(np.float32), changed(rows)
+
+    return slices
+
+
+def magnitudes(w: Matrix, changed: Callable[[slice], Matrix]) -> Slices:
+    """|w|, by rows, beside which elements of those rows changed."""
+    step = max(1, STEP // w.shape[1])
+
+    def slices() -> Iterator[tuple[Matrix, Matrix]]:
+        for at in range(0, w.shape[0], step):
+            rows = slice(at, min(at + step, w.shape[0]))
+            yield np.abs(w[rows]).astype(np.float32), changed(rows)
+
+    return slices
+
+
+def changed_among_smallest(slices: Slices, numel: int, share: float) -> float:
+    """How many of the changed elements are among the share·numel smallest magnitudes.
+
+    The threshold is found by counting float32 bit patterns, upper half then lower half, so that nothing is sorted or kept.
+    Elements equal to it (bf16 weights have many) count in proportion: what breaking ties at random gives on average.
+
+    >>> w, changed = np.float32([[1, 2, 2, 3]]), np.array([[True, True, False, False]])
+    >>> changed_among_smallest(lambda: iter([(w, changed)]), 4, 0.5)
+    1.5
+    """
+    wanted = share * numel
+    upper, upper_changed = _patterns(slices, lambda bits: bits >> 16)
+    at, below, below_changed = _cross(upper, upper_changed, wanted)
+    lower, lower_changed = _patterns(slices, lambda bits: np.where(bits >> 16 == at, bits & 0xFFFF, -1))
+    value, more, more_changed = _cross(lower, lower_changed, wanted - below)
+    tied = int(lower[value])
+    part = (wanted - below - more) / tied if tied else 0.0
+    return float(below_changed + more_changed + min(1.0, part) * int(lower_changed[value]))
+
+
+def _patterns(slices: Slices, key: Callable[[Matrix], Matrix]) -> tuple[Matrix, Matrix]:
+    """Histograms of 16-bit keys (−1: left out) of the magnitudes' bit patterns, over all and over changed elements."""
+    everything, of_changed = np.zeros(1 << 16, np.int64), np.zeros(1 << 16, np.int64)
+    for values, changed in slices():
+        keys = key(values.view(np.int32))
+        everything += np.bincount(keys[keys >= 0], minlength=1 << 16)
+        keys = keys[changed]
+        of_changed += np.bincount(keys[keys >= 0], minlength=1 << 16)
+    return everything, of_changed
+
+
+def _cross(counts: Matrix, of_changed: Matrix, wanted: float) -> tuple[int, int, int]:
+    """The bin in which the cumulated count reaches `wanted`, and what lies below it in both histograms."""
+    cumulated = np.cumsum(counts)
+    at = min(int(np.searchsorted(cumulated, wanted)), len(counts) - 1)
+    return at, int(cumulated[at] - counts[at]), int(of_changed[:at].sum())
+
+
+def drift(before: Matrix, after: Matrix) -> float | None:
+    """Normalised spectral shift ‖after − before‖₂ / ‖before‖₂; None for a base of zeros.
+
+    >>> drift(np.array([3.0, 4.0]), np.array([3.0, 9.0]))
+    1.0
+    """
+    norm = float(np.linalg.norm(before))
+    return float(np.linalg.norm(after - before)) / norm if norm else None
+
+
+def ks_within(ks: Sequence[int], side: Leading) -> list[int]:
+    """Those k for which a leading subspace is defined: as many singular values are above what can be told from zero."""
+    return [k for k in ks if k <= len(side.sigma) and side.sigma[k - 1] > side.resolution]
