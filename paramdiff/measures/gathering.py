@@ -8,8 +8,8 @@ magnitude cheaper than anything dense. Past `FEW` entries
 * a wide one is kept as float32 until it is complete: its Gram matrix needs all rows at once, and reading it again column
   by column would be a second read, in tiny pieces. That is a few times the square of the shorter side.
 
-float64 matrices are kept whole as well, because only then the largest element is known by which to scale: squares of the
-type's ends are beyond its range.
+A matrix to be sketched is kept whole, because it is gone through several times; float64 ones are, because only then the
+largest element is known by which to scale: squares of the type's ends are beyond its range.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from paramdiff import singular
+from paramdiff import singular, sketch
 from paramdiff.arrays import Array, Arrays
 from paramdiff.measures.accumulator import exact_sum
 
@@ -48,16 +48,19 @@ class Gathering(Protocol):
     def finish(self) -> Found: ...
 
 
-def gather(x: Arrays, shape: tuple[int, int], compute: str) -> Gathering:
-    """A gathering for an m × n matrix on the backend `x`."""
-    return OnHost(shape, compute) if x.eager else OnDevice(x, shape, compute)
+def gather(x: Arrays, shape: tuple[int, int], compute: str, method: str = "exact") -> Gathering:
+    """A gathering for an m × n matrix on the backend `x`; with `method` "sketch", a sketch of it if it is large."""
+    sketched = method == "sketch" and min(shape) > sketch.ABOVE
+    return OnHost(shape, compute, sketched) if x.eager else OnDevice(x, shape, compute, sketched)
 
 
 class OnHost:
     """In numpy: entries, then rows or a Gram matrix."""
 
-    def __init__(self, shape: tuple[int, int], compute: str) -> None:
-        self.shape, self.exact = shape, compute == "f64"
+    def __init__(self, shape: tuple[int, int], compute: str, sketched: bool) -> None:
+        self.shape, self.ranged, self.sketched = shape, compute == "f64", sketched
+        self.of_matrix = sketch.of_matrix if sketched else singular.of_matrix
+        self.of_entries = sketch.of_entries if sketched else singular.of_entries
         self.dtype = np.float32 if compute == "f32" else np.float64
         self.energy: list[float] = []
         self.parts: Parts | None = []
@@ -65,7 +68,7 @@ class OnHost:
         self.limit = int(FEW * shape[0] * shape[1])
 
     def add(self, start: int, count: int, index: Array | None, delta: Array) -> None:
-        if not self.exact:
+        if not self.ranged:
             self.energy.append(float(np.dot(delta, delta)))
         if self.parts is None:
             self._put(start, count, index, delta)
@@ -82,7 +85,7 @@ class OnHost:
         rows, cols = self.shape
         self.gram: Array | None = None
         self.seen = 0  # rows that hold anything
-        self.tall = rows >= cols and not self.exact and rows * cols > singular.SMALL
+        self.tall = rows >= cols and rows * cols > singular.SMALL and not (self.ranged or self.sketched)
         self.kept = np.zeros((cols if self.tall else rows, cols), np.float64 if self.tall else self.dtype)
 
     def _put(self, start: int, count: int, index: Array | None, delta: Array) -> None:
@@ -112,13 +115,13 @@ class OnHost:
     def finish(self) -> Found:
         if self.parts is not None:
             return self._of_entries(self.parts)
-        if self.exact:
-            return _scaled(lambda values: singular.of_matrix(values.reshape(self.shape)), self.kept.reshape(-1))
+        if self.ranged:
+            return _scaled(lambda values: self.of_matrix(values.reshape(self.shape)), self.kept.reshape(-1))
         energy = exact_sum(self.energy)
         if not math.isfinite(energy):
             return Found(note=OVERFLOW)
         if not self.tall:
-            return Found(singular.of_matrix(self.kept), energy)
+            return Found(self.of_matrix(self.kept), energy)
         if self.gram is None:
             return Found(singular.of_matrix(self.kept[: self.seen]).padded(self.shape[1]), energy)
         self._flush((self.seen - 1) % len(self.kept) + 1)
@@ -129,12 +132,12 @@ class OnHost:
         parts = parts or [(0, 0, None, np.zeros(0))]
         where = np.concatenate([start + (np.arange(count) if index is None else index) for start, count, index, _ in parts])
         values = np.concatenate([delta for *_, delta in parts])
-        if self.exact:
-            return _scaled(lambda scaled: singular.of_entries(where, scaled, self.shape), values)
+        if self.ranged:
+            return _scaled(lambda scaled: self.of_entries(where, scaled, self.shape), values)
         energy = exact_sum(self.energy)
         if not math.isfinite(energy):
             return Found(note=OVERFLOW)
-        return Found(singular.of_entries(where, values, self.shape), energy)
+        return Found(self.of_entries(where, values, self.shape), energy)
 
 
 def _scaled(solve: Callable[[Array], singular.Spectrum], values: Array) -> Found:
@@ -152,11 +155,13 @@ class OnDevice:
 
     KEPT = 1 << 22  # elements up to which a matrix is kept whole, whatever its shape
 
-    def __init__(self, x: Any, shape: tuple[int, int], compute: str) -> None:
-        self.x, self.torch, self.shape, self.exact = x, x.torch, shape, compute == "f64"
+    def __init__(self, x: Any, shape: tuple[int, int], compute: str, sketched: bool) -> None:
+        self.x, self.torch, self.shape, self.ranged = x, x.torch, shape, compute == "f64"
+        self.of_matrix = sketch.of_matrix if sketched else singular.of_matrix
+        self.on_host = self.ranged or sketched or shape[0] * shape[1] <= singular.SMALL
         rows, cols = shape
         self.energy: list[Any] = []
-        self.whole = self.exact or rows < cols or rows * cols <= self.KEPT
+        self.whole = self.on_host or rows < cols or rows * cols <= self.KEPT
         dtype = x.f32 if compute == "f32" else x.f64
         if self.whole:
             self.kept = self.torch.zeros(rows * cols, dtype=dtype, device=x.device)
@@ -172,14 +177,14 @@ class OnDevice:
             self.gram.addmm_(rows.T, rows)
 
     def finish(self) -> Found:
-        if self.exact:
+        if self.ranged:
             values = self.kept.cpu().numpy()
-            return _scaled(lambda scaled: singular.of_matrix(scaled.reshape(self.shape)), values)
+            return _scaled(lambda scaled: self.of_matrix(scaled.reshape(self.shape)), values)
         energy = exact_sum(self.x.scalars_to_host(self.energy, self.x.f64))
         if not math.isfinite(energy):
             return Found(note=OVERFLOW)
-        if self.whole and len(self.kept) <= singular.SMALL:
-            return Found(singular.of_matrix(self.kept.reshape(self.shape).cpu().numpy()), energy)
+        if self.on_host:
+            return Found(self.of_matrix(self.kept.reshape(self.shape).cpu().numpy()), energy)
         gram = self._gram_of_kept() if self.whole else self.gram
         try:
             squares = self.torch.linalg.eigvalsh(gram).cpu().numpy()

@@ -50,7 +50,7 @@ def update(acc: Accumulator, block: PairBlock, options: Options) -> None:
             _complete(state, block.x)
             state.number = number
         if state.gathering is None:
-            state.gathering = gather(block.x, tensor.matrices[1:], tensor.compute)
+            state.gathering = gather(block.x, tensor.matrices[1:], tensor.compute, options.method)
         _take(state, state.gathering, block, start, part)
 
 
