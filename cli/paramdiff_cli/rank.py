@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from paramdiff_cli import options, sink
 
 
@@ -12,6 +16,7 @@ def rank(
     include: options.Include = None,
     exclude: options.Exclude = None,
     method: options.MethodOption = options.Method.exact,
+    matrices: Annotated[bool, typer.Option("--matrices", help="List every matrix as well.")] = False,
     out: options.Out = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -25,7 +30,7 @@ def rank(
 
         paramdiff rank base/ tuned/
 
-        paramdiff rank base/ tuned/ --include self_attn --out results/
+        paramdiff rank base/ tuned/ --include self_attn --matrices --out results/
 
         paramdiff rank base/ tuned/ --json | jq .ranks.numeric_rank_percent
     """
@@ -49,6 +54,9 @@ def rank(
         console = sink.console()
         console.print(render.heading(diff), soft_wrap=True)
         render_ranks.show(console, diff)
+        if matrices:
+            console.print("\n[bold]Every matrix[/bold]")
+            console.print(render_ranks.every_matrix(diff))
         for line in render.coverage(diff):
             console.print(line, soft_wrap=True)
         console.print(render.cost(diff), soft_wrap=True)

@@ -64,13 +64,19 @@ def notes(table: Any) -> list[Text]:
     """What the column `note` says, a line for each thing that is said."""
     said: dict[str, list[str]] = {}
     for row in table.filter(table["note"].is_not_null()).to_dicts():
-        name = row["name"][:LONGEST] + ("" if row["expert"] is None else f" (expert {row['expert']})")
+        name = _label(row)
         said.setdefault(row["note"], []).append(name)
     lines = []
     for note, names in said.items():
         more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
         lines.append(plain(f"{', '.join(names[:LISTED])}{more}: {note}"))
     return lines
+
+
+def _label(row: dict[str, Any]) -> str:
+    """The name of a matrix, with the number of the expert where the name does not hold it."""
+    in_stack = row["expert"] is not None and f"experts.{row['expert']}." not in row["name"]
+    return row["name"][:LONGEST] + (f" (expert {row['expert']})" if in_stack else "")
 
 
 def _overall(total: dict[str, Any]) -> Table:
@@ -102,6 +108,20 @@ def _rolled_up(diff: Diff, key: str) -> Table:
         cells += [_percent(row[f"{name}_percent"]) for name, _ in DEFINITIONS[1:]]
         cells += [number(row[f"{name}_median"]) for name in ("stable_rank", "entropy_rank", "top1_share")]
         table.add_row(plain(label), str(row["matrices"]), *cells, number(row["sigma_1_max"]))
+    return table
+
+
+def every_matrix(diff: Diff) -> Table:
+    """One row per matrix, ranks as counts."""
+    heads = ["matrix", "m × n", "numeric", "σ>σ₁/1000", "σ>σ₁/100", "99 %", "95 %", "90 %", "stable", "entropy", "σ₁"]
+    table = make_table([*heads, "σ₁/‖Δ‖_F", "method"])
+    for row in diff.ranks.to_dicts():
+        name = _label(row)
+        counts = ["–" if row[key] is None else f"{row[key]:,}" for key, _ in DEFINITIONS]
+        if row["rank_uncertain"]:
+            counts[0] += " ?"
+        rest = [number(row[key]) for key in ("stable_rank", "entropy_rank", "sigma_1", "top1_share")]
+        table.add_row(plain(name), f"{row['rows']:,} × {row['cols']:,}", *counts, *rest, row["method"] or "–")
     return table
 
 
