@@ -76,7 +76,7 @@ def notes(table: Any) -> list[Text]:
 def _label(row: dict[str, Any]) -> str:
     """The name of a matrix, with the number of the expert where the name does not hold it."""
     in_stack = row["expert"] is not None and f"experts.{row['expert']}." not in row["name"]
-    return row["name"][:LONGEST] + (f" (expert {row['expert']})" if in_stack else "")
+    return str(row["name"])[:LONGEST] + (f" (expert {row['expert']})" if in_stack else "")
 
 
 def _overall(total: dict[str, Any]) -> Table:
