@@ -7,21 +7,18 @@ overlap, no hole, size = shape × type) before anything of the size it claims is
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 from paramdiff.checkpoints.base import Located, TensorInfo
+from paramdiff.checkpoints.files import Files
 from paramdiff.dtypes import DTYPES
-from paramdiff.errors import BrokenFile, ChangedWhileReading
+from paramdiff.errors import BrokenFile
 
 MAX_HEADER_BYTES = 100_000_000  # the bound of the reference implementation
 MAX_RANK = 64  # dimensions: numpy's and torch's bound, and one on the work of multiplying them
-MAX_READ = 1 << 30  # one read moves at most 0x7ffff000 bytes on Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +38,7 @@ class SafetensorsCheckpoint:
     def __init__(self, ref: str, located: Located, config: dict[str, Any] | None) -> None:
         self.ref, self.warnings = ref, list(located.warnings)
         self.config: Mapping[str, Any] | None = config
-        self._paths = located.files
-        self._fds: list[int] = []
-        self._stats: list[os.stat_result] = []
+        self._files = Files()
         self._entries: dict[str, Entry] = {}
         try:
             for path in located.files:
@@ -55,18 +50,15 @@ class SafetensorsCheckpoint:
         self.tensors: Mapping[str, TensorInfo] = {name: entry.info for name, entry in self._entries.items()}
 
     def _add_file(self, path: str, shard_of: dict[str, str] | None) -> None:
-        fd, stat = open_regular(path)
-        self._fds.append(fd)
-        self._stats.append(stat)
-        data_start, infos = read_header(fd, stat.st_size, path)
-        file = len(self._fds) - 1
+        file = self._files.add(path)
+        data_start, infos = read_header(self._files, file)
         strays = []
         for info, start in infos:
             if shard_of is not None and shard_of.get(info.name) != path:
                 strays.append(info.name)
                 continue
             if info.name in self._entries:
-                other = self._paths[self._entries[info.name].file]
+                other = self._files.paths[self._entries[info.name].file]
                 raise BrokenFile(
                     f"Tensor {info.name!r} is stored twice, in {other} and in {path}.",
                     hint="Name the one file to read, or remove the leftover.",
@@ -87,85 +79,31 @@ class SafetensorsCheckpoint:
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         entry = self._entries[name]
-        fd, position, done = self._fds[entry.file], entry.start + offset, 0
-        while done < len(buffer):
-            part = buffer[done : done + MAX_READ]
-            try:
-                got = os.preadv(fd, [part], position + done)
-            except OSError as error:
-                raise BrokenFile(f"Cannot read {name!r} from {self._paths[entry.file]}: {error.strerror}.") from error
-            if got == 0:
-                raise ChangedWhileReading(
-                    f"{self._paths[entry.file]} ended inside tensor {name!r} at byte {position + done:,}, though it was "
-                    f"{self._stats[entry.file].st_size:,} bytes long when it was opened.",
-                    hint="Wait until nothing writes to it any more, then run again.",
-                )
-            done += got
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fds": []}  # what crosses to a worker process: everything but the open files
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        for path in self._paths:
-            self._fds.append(open_regular(path)[0])
+        self._files.read_into(entry.file, entry.start + offset, buffer, name)
 
     def position(self, name: str) -> tuple[int, int]:
         entry = self._entries[name]
         return entry.file, entry.start
 
     def verify(self) -> None:
-        for path, then in zip(self._paths, self._stats, strict=True):
-            try:
-                now = os.stat(path)
-            except OSError:
-                now = None
-            if now is None or _identity(now) != _identity(then):
-                raise ChangedWhileReading(
-                    f"{path} was rewritten or removed while it was being read, so the result would mix two states.",
-                    hint="Wait until nothing writes to it any more, then run again.",
-                )
+        self._files.verify()
 
     def facts(self) -> dict[str, Any]:
-        return {
-            "ref": self.ref,
-            "format": self.format,
-            "files": [{"name": Path(p).name, "bytes": s.st_size} for p, s in zip(self._paths, self._stats, strict=True)],
-            "tensors": len(self.tensors),
-        }
+        return {"ref": self.ref, "format": self.format, "files": self._files.facts(), "tensors": len(self.tensors)}
 
     def close(self) -> None:
-        while self._fds:
-            os.close(self._fds.pop())
+        self._files.close()
 
 
-def open_regular(path: str) -> tuple[int, os.stat_result]:
-    """Open a regular file for sequential reading. Raises `BrokenFile` for anything else; a pipe cannot hang it."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise BrokenFile(f"Cannot read {path}: {error.strerror}.") from error
-    stat = os.fstat(fd)
-    if not S_ISREG(stat.st_mode):
-        os.close(fd)
-        raise BrokenFile(f"{path} is not a regular file.")
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    return fd, stat
-
-
-def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def read_header(fd: int, size: int, path: str) -> tuple[int, list[tuple[TensorInfo, int]]]:
+def read_header(files: Files, file: int) -> tuple[int, list[tuple[TensorInfo, int]]]:
     """Parse and validate a header. Returns the first data byte, and each tensor with its start relative to that.
 
     Raises `BrokenFile` with the path, what was expected and what was found.
     """
+    path, size = files.paths[file], files.size(file)
     if size < 8:
         raise BrokenFile(f"{path} is {size} bytes long, too short for a safetensors file.", hint="Download it again.")
-    (length,) = struct.unpack("<Q", _read(fd, 8, 0, path))
+    (length,) = struct.unpack("<Q", files.read(file, 0, 8))
     if length > MAX_HEADER_BYTES:
         raise BrokenFile(
             f"{path} claims a header of {length:,} bytes, over the limit of {MAX_HEADER_BYTES:,}; "
@@ -177,7 +115,7 @@ def read_header(fd: int, size: int, path: str) -> tuple[int, list[tuple[TensorIn
             hint="Download it again.",
         )
     try:
-        header = json.loads(_read(fd, length, 8, path).decode("utf-8"), object_pairs_hook=_reject_duplicates)
+        header = json.loads(files.read(file, 8, length).decode("utf-8"), object_pairs_hook=_reject_duplicates)
     except (ValueError, RecursionError) as error:
         raise BrokenFile(f"The header of {path} is not valid: {_first_line(error)}.") from error
     if not isinstance(header, dict):
@@ -187,13 +125,6 @@ def read_header(fd: int, size: int, path: str) -> tuple[int, list[tuple[TensorIn
     spans = [_entry(name, value, data_bytes, path) for name, value in header.items()]
     _check_layout(spans, data_bytes, path)
     return 8 + length, [(info, start) for info, start, _ in spans]
-
-
-def _read(fd: int, length: int, offset: int, path: str) -> bytes:
-    try:
-        return os.pread(fd, length, offset)
-    except OSError as error:
-        raise BrokenFile(f"Cannot read {path}: {error.strerror}.") from error
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

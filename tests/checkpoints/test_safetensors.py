@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paramdiff import checkpoints
-from paramdiff.checkpoints import safetensors as reader
+from paramdiff.checkpoints import files
 from paramdiff.errors import BrokenFile, ChangedWhileReading, ParamdiffError
 from tests.helpers import entry, header_bytes, save, write_raw
 
@@ -121,7 +121,7 @@ def test_any_range_of_any_tensor(data):
 def test_a_read_longer_than_the_kernel_moves_at_once(tmp_path, monkeypatch):
     tensor = random_bytes(1000)
     checkpoint = checkpoints.open(str(save(tmp_path / "x.safetensors", {"w": tensor})))
-    monkeypatch.setattr(reader, "MAX_READ", 7)
+    monkeypatch.setattr(files, "MAX_READ", 7)
     assert read(checkpoint, "w", 3, 990) == stored(tensor)[3:993]
     checkpoint.close()
 
