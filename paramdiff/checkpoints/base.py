@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from paramdiff.dtypes import DTYPES, DType
+from paramdiff.errors import BrokenFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,5 +80,26 @@ class Located:
 
     files: list[str]
     directory: str
+    format: str = "safetensors"
     shard_of: dict[str, str] | None = None  # tensor → file, from an index
     warnings: list[str] = field(default_factory=list)
+
+
+def strays_of(shard_of: Mapping[str, str] | None, path: str, names: Iterable[str], warnings: list[str]) -> set[str]:
+    """The tensors of a shard that the index takes from elsewhere or not at all; said in `warnings`."""
+    strays = [name for name in names if shard_of is not None and shard_of.get(name) != path]
+    if strays:
+        more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
+        warnings.append(f"{path}: {strays[0]!r}{more} ignored; the index does not take it from this shard.")
+    return set(strays)
+
+
+def check_index(shard_of: Mapping[str, str] | None, found: Container[str]) -> None:
+    """Raise `BrokenFile` where a tensor of the index was not found."""
+    missing = sorted(name for name in shard_of or () if name not in found)
+    if missing and shard_of is not None:
+        raise BrokenFile(
+            f"{shard_of[missing[0]]} lacks tensor {missing[0]!r}, which the index says it holds"
+            f"{f' (and {len(missing) - 1} more are missing)' if len(missing) > 1 else ''}.",
+            hint="Download the checkpoint again.",
+        )

@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from paramdiff.checkpoints.base import Located
 from paramdiff.errors import BrokenFile, CheckpointError, NotFound, UnsupportedFormat
 
-INDEX_SUFFIX = ".safetensors.index.json"
-MODEL_STEMS = ("model", "diffusion_pytorch_model")  # transformers, diffusers: preferred where several files lie together
+
+@dataclass(frozen=True)
+class Family:
+    """Files of one format: how they, their indices and their shards are named, and what beside them holds no weights."""
+
+    format: str
+    suffixes: tuple[str, ...]
+    index: tuple[str, ...]
+    stems: tuple[str, ...]  # transformers, diffusers: preferred where several files lie together
+    others: re.Pattern[str]
+
+    def weights(self, names: list[str]) -> list[str]:
+        return [name for name in names if name.endswith(self.suffixes) and not self.others.fullmatch(name)]
+
+    def indices(self, names: list[str]) -> list[str]:
+        return [name for name in names if name.endswith(self.index)]
+
+
+SAFETENSORS = Family(
+    "safetensors", (".safetensors",), (".safetensors.index.json",), ("model", "diffusion_pytorch_model"),
+    re.compile(r"adapter_model\.safetensors"),
+)  # fmt: skip
+TORCH = Family(
+    "torch", (".bin", ".pt", ".pth", ".ckpt"), (".bin.index.json", ".pt.index.json", ".pth.index.json"),
+    ("pytorch_model", "diffusion_pytorch_model", "model", "pytorch_model_fsdp", "consolidated.00"),
+    re.compile(r"adapter_model\.bin|training_args\.bin|(optimizer|scheduler|scaler|rng_state|random_states|trainer_state).*"
+               r"|.*(optim_states|_rank_\d+|optim)\.(pt|pth|bin)"),
+)  # fmt: skip
+FAMILIES = (SAFETENSORS, TORCH)  # where a directory holds both, the first is read: exports repeat themselves
 MAX_JSON_BYTES = 100_000_000  # of an index or a config
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.safetensors")
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.\w+")
 OTHER_FORMATS = {  # pattern → what it is; the sentence that a user of it gets
     "adapter_model.safetensors": "a PEFT adapter without its base",
     "adapter_model.bin": "a PEFT adapter without its base",
     "*.distcp": "a torch.distributed checkpoint (DCP)",
-    "*.index.json": "a sharded torch checkpoint (.bin)",
-    "*.bin": "a torch checkpoint (.bin)",
-    "*.pt": "a torch checkpoint (.pt)",
-    "*.pth": "a torch checkpoint (.pth)",
-    "*.ckpt": "a torch checkpoint (.ckpt)",
     "*.gguf": "a GGUF file",
     "*.npz": "a numpy archive",
     "*.msgpack": "a Flax checkpoint",
@@ -31,10 +54,11 @@ OTHER_FORMATS = {  # pattern → what it is; the sentence that a user of it gets
 
 
 def locate(ref: str) -> Located:
-    """Find the safetensors files of a path: a file, an index, or a directory in one of the usual layouts.
+    """Find the weight files of a path: a file, an index, or a directory in one of the usual layouts.
 
-    A directory is read as transformers reads it: `model.safetensors`, else the index, else one complete set of shards,
-    else the only file there is. Leftovers are named in `warnings`. Raises `NotFound`, `UnsupportedFormat` or `BrokenFile`.
+    A directory is read as transformers reads it: safetensors before torch files; `model.safetensors`, else the index, else
+    one complete set of shards, else the only file there is. Leftovers are named in `warnings`.
+    Raises `NotFound`, `UnsupportedFormat` or `BrokenFile`.
     """
     try:
         path = Path(ref).expanduser()
@@ -46,13 +70,14 @@ def locate(ref: str) -> Located:
         raise NotFound(f"No such path: {ref} (there is no such user).") from error
     except OSError as error:  # a parent that may not be searched, a name that is too long
         raise NotFound(f"Cannot look at {ref}: {error.strerror}.") from error
-    if path.name.endswith(INDEX_SUFFIX):
-        return _from_index(path)
-    if path.suffix == ".safetensors":
-        return Located([str(path)], str(path.parent))
+    for family in FAMILIES:
+        if path.name.endswith(family.index):
+            return _from_index(path, family)
+        if path.suffix in family.suffixes and not _kind_of(path):
+            return Located([str(path)], str(path.parent), family.format)
     raise UnsupportedFormat(
-        f"{ref} is {_kind_of(path) or 'not a safetensors file'}, which this version does not read.",
-        hint="Give a .safetensors file, a .safetensors.index.json or the directory that holds them.",
+        f"{ref} is {_kind_of(path) or 'neither a safetensors nor a torch file'}, which this version does not read.",
+        hint="Give a .safetensors, .bin, .pt or .pth file, an index of such files or the directory that holds them.",
     )
 
 
@@ -90,40 +115,48 @@ def _download(ref: str) -> str:
 
 def _directory(ref: str, path: Path) -> Located:
     names = sorted(entry.name for entry in path.iterdir() if not entry.is_dir())
-    weights = [name for name in names if name.endswith(".safetensors") and name != "adapter_model.safetensors"]
-    indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    if not weights and not indices:
+    family = next((one for one in FAMILIES if one.weights(names) or one.indices(names)), None)
+    if family is None or (family is not SAFETENSORS and _distributed(path, names)):
         raise _nothing_in(ref, path, names)
-    located = _pick(ref, path, weights, indices)
-    if "adapter_model.safetensors" in names:
-        located.warnings.append(f"{path}: adapter_model.safetensors ignored; the model beside it is read without it.")
+    located = _pick(ref, path, family, names)
+    adapter = next((name for name in names if name.startswith("adapter_model.")), None)
+    if adapter:
+        located.warnings.append(f"{path}: {adapter} ignored; the model beside it is read without it.")
     return located
 
 
-def _pick(ref: str, path: Path, weights: list[str], indices: list[str]) -> Located:
-    for stem in MODEL_STEMS:
-        if f"{stem}.safetensors" in weights:
-            return _chosen(path, [f"{stem}.safetensors"], weights)
-        if stem + INDEX_SUFFIX in indices:
-            return _from_index(path / (stem + INDEX_SUFFIX), weights)
+def _distributed(path: Path, names: list[str]) -> bool:
+    """Whether torch files lie beside the parts of a distributed checkpoint, which are the weights then."""
+    return any(name.endswith(".distcp") for name in names)
+
+
+def _pick(ref: str, path: Path, family: Family, names: list[str]) -> Located:
+    weights, indices = family.weights(names), family.indices(names)
+    for stem in family.stems:
+        for suffix in family.suffixes:
+            if f"{stem}{suffix}" in weights:
+                return _chosen(path, [f"{stem}{suffix}"], weights, family)
+        for suffix in family.index:
+            if stem + suffix in indices:
+                return _from_index(path / (stem + suffix), family, weights)
     if len(indices) == 1:
-        return _from_index(path / indices[0], weights)
+        return _from_index(path / indices[0], family, weights)
     if indices:
         raise BrokenFile(f"{ref} holds several indices ({', '.join(indices)}).", hint="Name the one to read.")
-    return _without_index(ref, path, weights)
+    return _without_index(ref, path, weights, family)
 
 
-def _without_index(ref: str, path: Path, weights: list[str]) -> Located:
+def _without_index(ref: str, path: Path, weights: list[str], family: Family) -> Located:
     sets: dict[tuple[str, int], dict[int, str]] = {}
     for name in weights:
         if match := SHARD.fullmatch(name):
             sets.setdefault((match["stem"], int(match["total"])), {})[int(match["number"])] = name
     complete = [s for (_, total), s in sets.items() if sorted(s) == list(range(1, total + 1))]
     if len(complete) == 1:
-        return _chosen(path, [complete[0][number] for number in sorted(complete[0])], weights)
+        return _chosen(path, [complete[0][number] for number in sorted(complete[0])], weights, family)
     if len(complete) > 1 or (not sets and len(weights) > 1):
         raise BrokenFile(
-            f"{ref} holds {len(weights)} safetensors files without an index, and which of them are the model is unclear "
+            f"{ref} holds {len(weights)} {family.format} files without an index, and which of them are the model is unclear "
             f"({', '.join(weights[:3])}{', …' if len(weights) > 3 else ''}).",
             hint="Name one file, or remove what does not belong.",
         )
@@ -131,13 +164,14 @@ def _without_index(ref: str, path: Path, weights: list[str]) -> Located:
         (stem, total), shards = max(sets.items(), key=lambda item: len(item[1]))
         number = next(n for n in range(1, total + 1) if n not in shards)
         raise BrokenFile(
-            f"Shard {number} of {total} is missing in {ref}: {stem}-{number:05d}-of-{total:05d}.safetensors.",
+            f"Shard {number} of {total} is missing in {ref}: {stem}-{number:05d}-of-{total:05d}"
+            f"{Path(next(iter(shards.values()))).suffix}.",
             hint="Download it again.",
         )
-    return _chosen(path, weights, weights)
+    return _chosen(path, weights, weights, family)
 
 
-def _from_index(index: Path, weights: list[str] | None = None) -> Located:
+def _from_index(index: Path, family: Family, weights: list[str] | None = None) -> Located:
     try:
         content = _read_json(index)
         weight_map = content["weight_map"]
@@ -154,19 +188,19 @@ def _from_index(index: Path, weights: list[str] | None = None) -> Located:
                 f"Shard {number} of {len(shards)} is missing: {index.parent / name}, which {index.name} names.",
                 hint="Download it again.",
             )
-    located = _chosen(index.parent, shards, weights or [])
+    located = _chosen(index.parent, shards, weights or [], family)
     located.shard_of = {tensor: str(index.parent / shard) for tensor, shard in weight_map.items()}
     return located
 
 
-def _chosen(directory: Path, files: list[str], weights: list[str]) -> Located:
+def _chosen(directory: Path, files: list[str], weights: list[str], family: Family) -> Located:
     aside = [name for name in weights if name not in files]
     warnings = []
     if aside:
         listed = ", ".join(aside[:3]) + (f" and {len(aside) - 3} more" if len(aside) > 3 else "")
         used = files[0] if len(files) == 1 else f"the {len(files)} shards of the model"
         warnings.append(f"{directory}: {listed} ignored; {used} read.")
-    return Located([str(directory / name) for name in files], str(directory), warnings=warnings)
+    return Located([str(directory / name) for name in files], str(directory), family.format, warnings=warnings)
 
 
 def _nothing_in(ref: str, path: Path, names: list[str]) -> CheckpointError:
@@ -175,13 +209,18 @@ def _nothing_in(ref: str, path: Path, names: list[str]) -> CheckpointError:
             return UnsupportedFormat(
                 f"{ref} holds {kind}, which this version does not read.", hint="Export the model as safetensors first."
             )
-    below = sorted(sub.name for sub in path.iterdir() if sub.is_dir() and any(sub.glob("*.safetensors")))
+    below = sorted(sub.name for sub in path.iterdir() if sub.is_dir() and _weights_in(sub))
     if below:
         return NotFound(
             f"{ref} holds no weights itself, but {', '.join(below[:8])}{' …' if len(below) > 8 else ''} below it do.",
             hint=f"Give one of them: {path / below[-1]}.",
         )
-    return NotFound(f"{ref} is {'an empty directory' if not names else 'a directory without safetensors files'}.")
+    return NotFound(f"{ref} is {'an empty directory' if not names else 'a directory without weights'}.")
+
+
+def _weights_in(directory: Path) -> bool:
+    names = [entry.name for entry in directory.iterdir()]
+    return any(family.weights(names) for family in FAMILIES)
 
 
 def _kind_of(path: Path) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paramdiff.checkpoints.base import Located, TensorInfo
+from paramdiff.checkpoints.base import Located, TensorInfo, check_index, strays_of
 from paramdiff.checkpoints.files import Files
 from paramdiff.dtypes import DTYPES
 from paramdiff.errors import BrokenFile
@@ -43,7 +43,7 @@ class SafetensorsCheckpoint:
         try:
             for path in located.files:
                 self._add_file(path, located.shard_of)
-            self._check_index(located.shard_of)
+            check_index(located.shard_of, self._entries)
         except BaseException:
             self.close()
             raise
@@ -52,10 +52,9 @@ class SafetensorsCheckpoint:
     def _add_file(self, path: str, shard_of: dict[str, str] | None) -> None:
         file = self._files.add(path)
         data_start, infos = read_header(self._files, file)
-        strays = []
+        strays = strays_of(shard_of, path, (info.name for info, _ in infos), self.warnings)
         for info, start in infos:
-            if shard_of is not None and shard_of.get(info.name) != path:
-                strays.append(info.name)
+            if info.name in strays:
                 continue
             if info.name in self._entries:
                 other = self._files.paths[self._entries[info.name].file]
@@ -64,18 +63,6 @@ class SafetensorsCheckpoint:
                     hint="Name the one file to read, or remove the leftover.",
                 )
             self._entries[info.name] = Entry(file, data_start + start, info)
-        if strays:
-            more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
-            self.warnings.append(f"{path}: {strays[0]!r}{more} ignored; the index does not take it from this shard.")
-
-    def _check_index(self, shard_of: dict[str, str] | None) -> None:
-        missing = sorted(set(shard_of or ()) - set(self._entries))
-        if missing and shard_of is not None:
-            raise BrokenFile(
-                f"{shard_of[missing[0]]} lacks tensor {missing[0]!r}, which the index says it holds"
-                f"{f' (and {len(missing) - 1} more are missing)' if len(missing) > 1 else ''}.",
-                hint="Download the checkpoint again.",
-            )
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         entry = self._entries[name]

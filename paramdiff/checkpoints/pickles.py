@@ -1,0 +1,222 @@
+"""Reading the pickles of torch.save without executing them: what is named in them becomes an inert value, or an error.
+
+A pickle is a program. Here it can build plain containers, and tensors as descriptions of where their bytes lie. What else
+it names of the frameworks that write checkpoints (torch, deepspeed, …) becomes an `Opaque`, which does nothing; what is from
+elsewhere (`os.system`, `builtins.eval`, …) is refused by name. No framework is imported.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_BYTES = 512_000_000  # of a pickle; those of models of 10¹² parameters stay far below
+
+STORAGES = {
+    "FloatStorage": "F32", "DoubleStorage": "F64", "HalfStorage": "F16", "BFloat16Storage": "BF16", "ByteStorage": "U8",
+    "CharStorage": "I8", "ShortStorage": "I16", "IntStorage": "I32", "LongStorage": "I64", "BoolStorage": "BOOL",
+    "ComplexFloatStorage": "C64", "UntypedStorage": None,
+}  # fmt: skip
+TORCH_DTYPES = {
+    "float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8", "int16": "I16",
+    "int32": "I32", "int64": "I64", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL", "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+}  # fmt: skip
+FRAMEWORKS = (
+    "torch", "deepspeed", "transformers", "accelerate", "megatron", "numpy", "trl", "peft", "verl", "lightning",
+    "pytorch_lightning", "omegaconf", "pathlib", "argparse", "datetime", "typing", "functools", "enum", "bitsandbytes",
+)  # fmt: skip
+PLAIN = {"set": set, "frozenset": frozenset, "complex": complex, "dict": dict}
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A storage of `numel` elements of type `dtype` (None: bytes without a type), named `key` in its file."""
+
+    dtype: str | None
+    key: str
+    numel: int
+
+
+@dataclass(slots=True)
+class StoredTensor:
+    """A tensor as a view of a storage: `offset` and `stride` in elements of `dtype`."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str | None
+
+
+@dataclass
+class Opaque:
+    """An object of some framework, with what it was made from; it has no behaviour."""
+
+    kind: str
+    args: tuple[Any, ...] = ()
+    state: Any = None
+    items: list[Any] = field(default_factory=list)
+    entries: dict[Any, Any] = field(default_factory=dict)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.entries[key] = value
+
+    def append(self, item: Any) -> None:
+        self.items.append(item)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class Refused(ValueError):
+    """The pickle names something that no checkpoint needs; the message says what."""
+
+
+def load(data: bytes) -> Any:
+    """The object in a pickle, made of plain values, `StoredTensor` and `Opaque`.
+
+    Raises `Refused` for a global that is neither known nor of a known framework, `ValueError` for a broken pickle.
+    """
+    return Reader(io.BytesIO(data)).load()
+
+
+class Reader(pickle._Unpickler):
+    """Python's own unpickler in Python: the one in C lets a pickle of ten bytes allocate gigabytes for its memo."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.storages: list[Storage] = []  # all that were named so far
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _named(str(module), str(name))
+
+    def persistent_load(self, pid: Any) -> Storage:
+        try:
+            kind, storage, key, _location, numel = pid[:5]
+        except (TypeError, ValueError) as error:
+            raise ValueError("a storage is described in an unknown way") from error
+        if kind != "storage" or not isinstance(numel, int) or not isinstance(storage, _StorageType):
+            raise ValueError("a storage is described in an unknown way")
+        if len(pid) > 5 and pid[5] is not None:
+            raise ValueError("a storage is a view of another one, as torch before 0.4 wrote them")
+        self.storages.append(Storage(storage.dtype, str(key), numel))
+        return self.storages[-1]
+
+    def load(self) -> Any:
+        try:
+            return super().load()
+        except (Refused, MemoryError):
+            raise
+        except ValueError as error:
+            raise ValueError(str(error) or "broken pickle") from error
+        except Exception as error:  # a broken pickle fails in any way there is
+            raise ValueError(f"broken pickle ({type(error).__name__}: {str(error)[:100]})") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _StorageType:
+    dtype: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _DtypeName:
+    dtype: str
+
+
+@dataclass(slots=True)
+class _Call:
+    """A callable in a pickle. An object of its own, so that a pickle that writes to it changes nothing that outlives it."""
+
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _REBUILDERS[self.name](*args)
+
+
+@dataclass(slots=True)
+class _OpaqueType:
+    kind: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Opaque:
+        return Opaque(self.kind, args)
+
+    def __getattr__(self, name: str) -> Any:
+        # Enumerations and nested classes are looked up as attributes, by getattr in old protocols.
+        raise AttributeError(name)
+
+
+def _named(module: str, name: str) -> Any:
+    if (module, name) == ("collections", "OrderedDict"):
+        return OrderedDict
+    if module in ("builtins", "__builtin__") and name in PLAIN:
+        return PLAIN[name]
+    if module == "_codecs" and name == "encode":
+        return _Call("encode")
+    if f"{module}.{name}" in _REBUILDERS:
+        return _Call(f"{module}.{name}")
+    if module in ("torch", "torch.storage", "torch.cuda") and name in STORAGES:
+        return _StorageType(STORAGES[name])
+    if module == "torch" and name in TORCH_DTYPES:
+        return _DtypeName(TORCH_DTYPES[name])
+    if module.split(".")[0] in FRAMEWORKS or (module in ("builtins", "__builtin__") and name == "getattr"):
+        return _OpaqueType(f"{module}.{name}")
+    raise Refused(f"it names {module}.{name}, which no checkpoint needs and which is not executed")
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+    if not (
+        isinstance(storage, Storage) and all(_whole(n) for n in (offset, *shape, *stride)) and len(shape) == len(stride)
+    ):
+        raise ValueError("a tensor is described in an unknown way")
+    return StoredTensor(storage, offset, tuple(shape), tuple(stride), storage.dtype)
+
+
+def _tensor_v3(
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+) -> StoredTensor:
+    found = _tensor(storage, offset, shape, stride)
+    if not isinstance(dtype, _DtypeName):
+        raise ValueError("a tensor has an unknown element type")
+    found.dtype = dtype.dtype
+    return found
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 63
+
+
+def _same(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _typed(function: Any, kind: Any, args: Any, state: Any) -> Any:
+    """A tensor subclass: made as its base is, then given a state. Without one it is a plain tensor."""
+    made = function(*args)
+    plain = state is None or (
+        isinstance(state, (dict, tuple)) and not any(state.values() if isinstance(state, dict) else state)
+    )
+    return made if isinstance(made, StoredTensor) and plain else Opaque(getattr(kind, "kind", "tensor"), (made,), state)
+
+
+def _encode(text: Any, _encoding: Any = "latin1") -> bytes:
+    return str(text).encode("latin1")
+
+
+_REBUILDERS: dict[str, Any] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _same,
+    "torch._utils._rebuild_parameter_with_state": _same,
+    "torch._tensor._rebuild_from_type_v2": _typed,
+    "torch.Size": lambda sizes=(): tuple(sizes),
+    "encode": _encode,
+}

@@ -1,0 +1,283 @@
+"""Files of torch.save (.bin, .pt, .pth, .ckpt): zip archives, and the format before torch 1.6. Read without torch.
+
+The pickle inside is read by `pickles`, which executes nothing; it says where in the file every tensor lies. Offsets and
+sizes are checked against the file before anything is read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paramdiff.checkpoints import pickles
+from paramdiff.checkpoints.base import Located, TensorInfo, check_index, strays_of
+from paramdiff.checkpoints.files import Files
+from paramdiff.checkpoints.pickles import Opaque, StoredTensor
+from paramdiff.dtypes import DTYPES
+from paramdiff.errors import BrokenFile, CheckpointError, UnsupportedFormat
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins the pickle stream of torch before 1.6
+NESTS = ("state_dict", "model_state_dict", "model", "module", "model_weights", "weights", "params", "net", "policy")
+NOT_WEIGHTS = ("optim", "sched", "scaler", "rng", "ema", "args", "hyper", "loops", "callbacks")
+DEEPEST = 3  # mappings within mappings in which weights are looked for
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one tensor lies: the file's number and its first byte; `stride` in elements unless it is contiguous."""
+
+    file: int
+    start: int
+    info: TensorInfo
+    stride: tuple[int, ...] | None
+
+
+class TorchCheckpoint:
+    """One or several files of torch.save that together are one model; see `Checkpoint` for the interface.
+
+    `key` names the entry of the file that holds the weights, where there are several.
+    """
+
+    format = "torch"
+
+    def __init__(self, ref: str, located: Located, config: dict[str, Any] | None, key: str | None = None) -> None:
+        self.ref, self.warnings = ref, list(located.warnings)
+        self.config: Mapping[str, Any] | None = config
+        self._files = Files()
+        self._entries: dict[str, Entry] = {}
+        try:
+            for path in located.files:
+                self._add_file(path, key, located.shard_of)
+            check_index(located.shard_of, self._entries)
+        except BaseException:
+            self.close()
+            raise
+        self.tensors: Mapping[str, TensorInfo] = {name: entry.info for name, entry in self._entries.items()}
+
+    def _add_file(self, path: str, key: str | None, shard_of: dict[str, str] | None) -> None:
+        file = self._files.add(path)
+        content, storages = read_file(self._files, file)
+        weights, said = find_weights(content, path, key)
+        self.warnings += said
+        strays = strays_of(shard_of, path, weights, self.warnings)
+        for name, tensor in weights.items():
+            if name in strays:
+                continue
+            if name in self._entries:
+                other = self._files.paths[self._entries[name].file]
+                raise BrokenFile(
+                    f"Tensor {name!r} is stored twice, in {other} and in {path}.", hint="Name the one file to read."
+                )
+            self._entries[name] = _entry(name, tensor, file, storages, path)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        entry = self._entries[name]
+        if entry.stride is None:
+            self._files.read_into(entry.file, entry.start + offset, buffer, name)
+            return
+        size = entry.info.type.bits // 8
+        whole = np.memmap(self._files.paths[entry.file], mode="r")[entry.start :]
+        strides = tuple(size * step for step in entry.stride)
+        view = np.lib.stride_tricks.as_strided(whole, (*entry.info.shape, size), (*strides, 1), writeable=False)
+        buffer[:] = view.flat[offset : offset + len(buffer)].tobytes()  # copies this range alone
+
+    def position(self, name: str) -> tuple[int, int]:
+        entry = self._entries[name]
+        return entry.file, entry.start
+
+    def verify(self) -> None:
+        self._files.verify()
+
+    def facts(self) -> dict[str, Any]:
+        return {"ref": self.ref, "format": self.format, "files": self._files.facts(), "tensors": len(self.tensors)}
+
+    def close(self) -> None:
+        self._files.close()
+
+
+def read_file(files: Files, file: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """What a file holds, with tensors as `StoredTensor`, and (first byte, bytes) of every storage by its key.
+
+    Raises `BrokenFile` or `UnsupportedFormat`.
+    """
+    path = files.paths[file]
+    begin = files.read(file, 0, 4)
+    try:
+        if begin[:2] == b"PK":
+            return _read_zip(path, files, file)
+        if begin[:2] == b"\x80\x02":
+            return _read_legacy(path, files.size(file))
+    except pickles.Refused as error:
+        raise UnsupportedFormat(f"{path} is not read: {error}.", hint="Export the weights as safetensors.") from error
+    except (ValueError, zipfile.BadZipFile, struct.error, EOFError, NotImplementedError) as error:
+        raise BrokenFile(f"{path} is damaged or no torch file: {str(error)[:200] or type(error).__name__}.") from error
+    raise BrokenFile(f"{path} is no file of torch.save: it begins with {begin!r}.")
+
+
+def _read_zip(path: str, files: Files, file: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        pickled = [name for name in members if name.split("/", 1)[-1] == "data.pkl"]
+        if len(pickled) != 1:
+            raise BrokenFile(f"{path} is a zip archive, but not one of torch.save: it holds no data.pkl.")
+        root = pickled[0].removesuffix("data.pkl")
+        if f"{root}constants.pkl" in members:
+            raise UnsupportedFormat(f"{path} is a TorchScript archive.", hint="Save its state_dict() and compare that.")
+        if members[pickled[0]].file_size > pickles.MAX_BYTES:
+            raise BrokenFile(f"{path} has a pickle of {members[pickled[0]].file_size:,} bytes, over the limit.")
+        order = archive.read(members[f"{root}byteorder"]) if f"{root}byteorder" in members else b"little"
+        if order.strip() != b"little":
+            raise UnsupportedFormat(
+                f"{path} was written on a big-endian machine.", hint="Save it again on a little-endian one."
+            )
+        content = pickles.load(archive.read(members[pickled[0]]))
+    storages = {}
+    for name, info in members.items():
+        if name.startswith(f"{root}data/"):
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise UnsupportedFormat(
+                    f"{path} is compressed, so its parts cannot be read.", hint="Save it again with torch.save."
+                )
+            storages[name.removeprefix(f"{root}data/")] = _member(files, file, info), info.file_size
+    return content, storages
+
+
+def _member(files: Files, file: int, info: zipfile.ZipInfo) -> int:
+    """Where a member's data begin: after its local header, whose lengths may differ from the directory's."""
+    header = files.read(file, info.header_offset, 30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise ValueError(f"its member {info.filename[:80]} is not where the directory says")
+    name, extra = struct.unpack("<HH", header[26:30])
+    start = int(info.header_offset + 30 + name + extra)
+    if start + info.file_size > files.size(file):
+        raise ValueError(f"its member {info.filename[:80]} ends beyond the file")
+    return start
+
+
+def _read_legacy(path: str, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """Four pickles (magic number, version, facts about the system, the content), a list of storages, then their data."""
+    with open(path, "rb") as stream:
+        if pickles.Reader(stream).load() != LEGACY_MAGIC:
+            raise ValueError("it is a pickle, but not one of torch.save")
+        pickles.Reader(stream).load()
+        system = pickles.Reader(stream).load()
+        if isinstance(system, dict) and system.get("little_endian") is False:
+            raise UnsupportedFormat(f"{path} was written on a big-endian machine.")
+        reader = pickles.Reader(stream)
+        content = reader.load()
+        keys = pickles.Reader(stream).load()
+        sizes = {storage.key: DTYPES[storage.dtype].bits // 8 for storage in reader.storages if storage.dtype}
+        storages = {}
+        for key in keys:
+            (numel,) = struct.unpack("<q", stream.read(8))
+            start, length = stream.tell(), numel * sizes[key]
+            if not 0 <= length <= size - start:
+                raise ValueError(f"its storage {key} ends beyond the file")
+            storages[key] = start, length
+            stream.seek(length, os.SEEK_CUR)
+    return content, storages
+
+
+def find_weights(content: Any, path: str, key: str | None) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The mapping of names to tensors in what a file holds, and sentences about what else was there.
+
+    Raises `BrokenFile` where there is none, or several and `key` does not say which, `UnsupportedFormat` for parts of
+    distributed tensors.
+    """
+    if isinstance(content, StoredTensor):
+        content = {"tensor": content}
+    found = dict(_mappings(content, ""))
+    if key is not None:
+        if key not in found:
+            raise BrokenFile(f"{path} has no weights under {key!r}.", hint=f"There are: {_listed(found) or 'none at all'}.")
+        chosen = key
+    elif not found:
+        raise BrokenFile(f"{path} holds no tensors by name.")
+    else:
+        chosen = _choose(found, path)
+    said = []
+    others = [name for name in found if name != chosen and not name.startswith(f"{chosen}/")]
+    if chosen and others:
+        said.append(f"{path}: the weights under {chosen!r} are read, not {_listed(others)}.")
+    weights, aside = {}, []
+    for name, value in found[chosen].items():
+        if isinstance(value, StoredTensor) and isinstance(name, str):
+            weights[name] = value
+        elif isinstance(value, Opaque) and value.args and isinstance(value.args[0], StoredTensor):
+            raise UnsupportedFormat(
+                f"{path} holds {name!r} as a {value.kind.rpartition('.')[2] or 'tensor subclass'}, a part of a tensor or a "
+                "special kind of one, which this version does not read.",
+                hint="Merge the shards, or export the model as safetensors, first.",
+            )
+        elif not isinstance(value, Mapping):
+            aside.append(str(name))
+    if aside:
+        said.append(f"{path}: {_listed(aside)} ignored; not tensors.")
+    return weights, said
+
+
+def _listed(names: Any) -> str:
+    names = [repr(name) if name else "the top level" for name in names]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _mappings(content: Any, where: str, depth: int = 0) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Every mapping that holds tensors, by its path (`model`, `state/model`); not optimizers and the like."""
+    if not isinstance(content, Mapping) or depth > DEEPEST:
+        return
+    if any(_is_tensor(value) for value in content.values()):
+        yield where, content
+    for name, value in content.items():
+        if isinstance(name, str) and not any(word in name.lower() for word in NOT_WEIGHTS):
+            yield from _mappings(value, f"{where}/{name}" if where else name, depth + 1)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, StoredTensor) or (
+        isinstance(value, Opaque) and bool(value.args) and isinstance(value.args[0], StoredTensor)
+    )
+
+
+def _choose(found: Mapping[str, Mapping[Any, Any]], path: str) -> str:
+    if len(found) == 1:
+        return next(iter(found))
+    for nest in NESTS:
+        matching = [name for name in found if name.split("/")[-1] == nest]
+        if len(matching) == 1:
+            return matching[0]
+    raise BrokenFile(
+        f"{path} holds tensors in {len(found)} places ({_listed(found)}), and which of them are the weights is unclear.",
+        hint=f"Name one: {path}::{next(name for name in found if name)}.",
+    )
+
+
+def _entry(name: str, tensor: StoredTensor, file: int, storages: Mapping[str, tuple[int, int]], path: str) -> Entry:
+    if tensor.dtype is None or tensor.dtype not in DTYPES:
+        raise UnsupportedFormat(f"Tensor {name!r} in {path} has an element type that this version does not know.")
+    info = TensorInfo(name, tensor.dtype, tensor.shape)
+    size = info.type.bits // 8
+    if tensor.storage.key not in storages:
+        raise _broken(name, path, f"its storage {tensor.storage.key[:40]!r} is missing")
+    start, length = storages[tensor.storage.key]
+    last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
+    if info.numel and (last + 1) * size > length:
+        raise _broken(name, path, f"it needs {(last + 1) * size:,} bytes of a storage that has {length:,}")
+    contiguous = not info.numel or _is_contiguous(tensor.shape, tensor.stride)
+    return Entry(file, start + tensor.offset * size if info.numel else start, info, None if contiguous else tensor.stride)
+
+
+def _broken(name: str, path: str, why: str) -> CheckpointError:
+    return BrokenFile(f"Tensor {name!r} in {path} is broken: {why}.", hint="Download it again.")
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    return all(
+        n == 1 or step == math.prod(shape[axis + 1 :]) for axis, (n, step) in enumerate(zip(shape, stride, strict=True))
+    )
