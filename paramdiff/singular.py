@@ -11,7 +11,7 @@ Four routes, named in `Spectrum.method`:
 
 How the errors are bounded (u = 2⁻⁵³): a Gram matrix summed over k terms is off by at most k·u·‖A‖_F² in norm (Higham,
 *Accuracy and Stability of Numerical Algorithms*, §3.5), its eigenvalues by another n·u·‖A‖_F²; singular values of a
-direct SVD are off by a modest multiple of u·σ₁, here taken as max(m, n).
+direct SVD are off by a modest multiple of u·σ₁, here taken as 6·max(m, n).
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def _svd(a: Matrix) -> Spectrum:
     for driver in ("gesdd", "gesvd"):
         try:
             sigma = scipy.linalg.svd(a, compute_uv=False, lapack_driver=driver, check_finite=False)
-            return Spectrum(sigma, "svd", sigma_error=max(a.shape) * U * float(sigma[0]), note=_fell_back(failed, driver))
+            return Spectrum(
+                sigma, "svd", sigma_error=6 * max(a.shape) * U * float(sigma[0]), note=_fell_back(failed, driver)
+            )
         except LinAlgError:
             failed.append(driver)
     raise LinAlgError("no SVD driver converged")

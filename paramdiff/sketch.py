@@ -18,6 +18,7 @@ from paramdiff.singular import Spectrum
 KEPT = 64  # leading singular values that are given
 EXTRA = 16  # more directions than that, which are cut off again
 ROUNDS = 4
+FAR = 40  # exponents of two: products of float32 are safe within
 ABOVE = 512  # a shorter side up to which the exact spectrum costs little more
 
 
@@ -31,6 +32,10 @@ def of_matrix(a: Any) -> Spectrum:
     """
     random = np.random.Generator(np.random.PCG64(seed=list(a.shape)))
     kind = a.dtype.type
+    exponent = int(np.frexp(abs(a).max())[1])
+    exponent = exponent if abs(exponent) > FAR else 0  # a power of two brings it back from the ends of the type's range
+    if exponent:
+        a = a * kind(2.0**-exponent)
     turned = random.standard_normal((a.shape[1], min(KEPT + EXTRA, *a.shape)), dtype=kind)
     for _ in range(ROUNDS):
         basis = _orthonormal(a @ turned)
@@ -40,7 +45,7 @@ def of_matrix(a: Any) -> Spectrum:
     right, sigma, left = np.linalg.svd((a.T @ basis).astype(np.float64), full_matrices=False)
     sigma, right, left = sigma[:KEPT], right[:, :KEPT].astype(kind), basis @ left[:KEPT].T.astype(kind)
     residuals = np.linalg.norm((a @ right).astype(np.float64) - left * sigma, axis=0)
-    return Spectrum(sigma, "sketch", sigma_error=float(residuals.max()))
+    return Spectrum(np.ldexp(sigma, exponent), "sketch", sigma_error=float(np.ldexp(residuals.max(), exponent)))
 
 
 def of_entries(positions: Any, values: Any, shape: tuple[int, int]) -> Spectrum:

@@ -21,7 +21,7 @@ import scipy.linalg
 from paramdiff.singular import SMALL, THIN, U, add_gram, new_gram
 
 Matrix = np.ndarray[Any, Any]
-Slices = Callable[[], Iterator[tuple[Matrix, Matrix]]]  # (magnitudes as float32, which of them changed), piece by piece
+Slices = Callable[[], Iterator[tuple[Matrix, Matrix]]]  # (magnitudes, which of them changed), piece by piece
 
 STEP = 1 << 20  # elements handled at a time
 
@@ -61,7 +61,8 @@ def leading(w: Matrix, k: int) -> Leading:
     )
     near = vectors[:, ::-1]  # singular vectors of the short side, largest first
     far = _times(w if tall else w.T, near)
-    far = np.linalg.qr(far)[0]  # their norms are the singular values; orthogonal up to the error of the Gram matrix
+    far, norms = np.linalg.qr(far)  # the norms are the singular values; orthogonal up to the error of the Gram matrix
+    far = far * np.where(norms.diagonal() < 0, -1.0, 1.0)
     sigma = np.sqrt(np.maximum(squares[::-1], 0.0))
     resolution = float(np.sqrt((max(w.shape) + short) * U * gram.trace()))
     return Leading(sigma, far, near, resolution) if tall else Leading(sigma, near, far, resolution)
@@ -94,7 +95,7 @@ def principal_magnitudes(w: Matrix, vectors: Matrix, changed: Callable[[slice], 
         for at in range(0, w.shape[0], step):
             rows = slice(at, min(at + step, w.shape[0]))
             part = (w[rows].astype(np.float64) @ vectors) @ vectors.T
-            yield np.abs(part).astype(np.float32), changed(rows)
+            yield np.abs(part).astype(w.dtype), changed(rows)
 
     return slices
 
@@ -106,7 +107,7 @@ def magnitudes(w: Matrix, changed: Callable[[slice], Matrix]) -> Slices:
     def slices() -> Iterator[tuple[Matrix, Matrix]]:
         for at in range(0, w.shape[0], step):
             rows = slice(at, min(at + step, w.shape[0]))
-            yield np.abs(w[rows]).astype(np.float32), changed(rows)
+            yield np.abs(w[rows]), changed(rows)
 
     return slices
 
@@ -114,39 +115,40 @@ def magnitudes(w: Matrix, changed: Callable[[slice], Matrix]) -> Slices:
 def changed_among_smallest(slices: Slices, numel: int, share: float) -> float:
     """How many of the changed elements are among the share·numel smallest magnitudes.
 
-    The threshold is found by counting float32 bit patterns, upper half then lower half, so that nothing is sorted or kept.
-    Elements equal to it (bf16 weights have many) count in proportion: what breaking ties at random gives on average.
+    The threshold is found by counting bit patterns of the float32 or float64 magnitudes, 16 bits at a time from the top, so
+    that nothing is sorted or kept. Elements equal to it (bf16 weights have many) count in proportion: what breaking ties at
+    random gives on average.
 
     >>> w, changed = np.float32([[1, 2, 2, 3]]), np.array([[True, True, False, False]])
     >>> changed_among_smallest(lambda: iter([(w, changed)]), 4, 0.5)
     1.5
     """
     wanted = share * numel
-    upper, upper_changed = _patterns(slices, lambda bits: bits >> 16)
-    at, below, below_changed = _cross(upper, upper_changed, wanted)
-    lower, lower_changed = _patterns(slices, lambda bits: np.where(bits >> 16 == at, bits & 0xFFFF, -1))
-    value, more, more_changed = _cross(lower, lower_changed, wanted - below)
-    tied = int(lower[value])
-    part = (wanted - below - more) / tied if tied else 0.0
-    return float(below_changed + more_changed + min(1.0, part) * int(lower_changed[value]))
+    prefix, below, below_changed, shift = 0, 0, 0, None
+    while shift != 0:
+        everything, of_changed, shift = _digits(slices, prefix, shift)
+        cumulated = np.cumsum(everything)
+        digit = min(int(np.searchsorted(cumulated, wanted - below)), len(everything) - 1)
+        below_changed += int(of_changed[:digit].sum())
+        below += int(cumulated[digit] - everything[digit])
+        prefix = prefix << 16 | digit
+    tied, tied_changed = int(everything[digit]), int(of_changed[digit])
+    return below_changed + (min(1.0, (wanted - below) / tied) * tied_changed if tied else 0.0)
 
 
-def _patterns(slices: Slices, key: Callable[[Matrix], Matrix]) -> tuple[Matrix, Matrix]:
-    """Histograms of 16-bit keys (−1: left out) of the magnitudes' bit patterns, over all and over changed elements."""
+def _digits(slices: Slices, prefix: int, after: int | None) -> tuple[Matrix, Matrix, int]:
+    """Histograms of the next 16 bits of those magnitudes whose bits above them are `prefix`, over all and over changed
+    elements, and the position of those bits. `after` is that of the 16 bits before, None at the top."""
     everything, of_changed = np.zeros(1 << 16, np.int64), np.zeros(1 << 16, np.int64)
+    shift = 0
     for values, changed in slices():
-        keys = key(values.view(np.int32))
-        everything += np.bincount(keys[keys >= 0], minlength=1 << 16)
-        keys = keys[changed]
-        of_changed += np.bincount(keys[keys >= 0], minlength=1 << 16)
-    return everything, of_changed
-
-
-def _cross(counts: Matrix, of_changed: Matrix, wanted: float) -> tuple[int, int, int]:
-    """The bin in which the cumulated count reaches `wanted`, and what lies below it in both histograms."""
-    cumulated = np.cumsum(counts)
-    at = min(int(np.searchsorted(cumulated, wanted)), len(counts) - 1)
-    return at, int(cumulated[at] - counts[at]), int(of_changed[:at].sum())
+        bits: Matrix = values.view(np.int32 if values.dtype == np.float32 else np.int64).reshape(-1)
+        shift = (8 * bits.itemsize if after is None else after) - 16
+        kept = np.ones(len(bits), np.bool_) if after is None else bits >> after == prefix
+        digits = bits >> shift & 0xFFFF
+        everything += np.bincount(digits[kept], minlength=1 << 16)
+        of_changed += np.bincount(digits[kept & changed.reshape(-1)], minlength=1 << 16)
+    return everything, of_changed, shift
 
 
 def drift(before: Matrix, after: Matrix) -> float | None:

@@ -15,6 +15,7 @@ from paramdiff.streaming import effort, spans, whole_spans
 
 SMALL = 64 << 20  # bytes; below this starting worker processes costs more than the work
 LIGHT = 10_000_000_000  # floating-point operations; the same for spectra
+HEAVY = 20 * LIGHT  # of one tensor: several seconds on a core
 WORTH_A_GPU = 2 << 30  # bytes; below this starting CUDA costs more than the work
 
 
@@ -43,8 +44,10 @@ def run(
     small = total <= SMALL and not (whole and sum(effort(tensor) for tensor in alignment.tensors) > LIGHT)
     threads = threads or (1 if small else cores())
     workers = min(threads, _room(alignment, measures))
-    # Where there are fewer tensors than cores, BLAS may use the rest of them.
-    blas = max(1, threads // min(workers, len(work) or 1)) if whole else 1
+    # Where there are fewer tensors than cores and they take long, BLAS may use the rest of them. Its sums then depend on how
+    # many there are, in the last bits of singular values; nowhere else does the number of threads change anything.
+    heavy = whole and max((effort(tensor) for tensor in alignment.tensors), default=0) > HEAVY
+    blas = max(1, threads // min(workers, len(work) or 1)) if heavy else 1
     if small or workers == 1 or not _travels(measures):
         return "cpu", in_threads.run(alignment, work, measures, options, threads=workers, blas=blas)
     return "cpu", processes.run(alignment, work, measures, options, workers=workers, blas=blas)

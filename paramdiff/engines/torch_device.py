@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from paramdiff.arrays import TorchArrays
 from paramdiff.engines.threads import Results
+from paramdiff.errors import DeviceError
 from paramdiff.measures import Measure, Options, fold
 from paramdiff.pairing import Aligned, Alignment
 from paramdiff.streaming import Grid, Span, Window, read_window, spans
@@ -121,6 +122,9 @@ def run(
         try:
             for span in work:
                 yield span, fold(x, alignment.tensors[span.tensor], blocks(span), measures, options)
+        except torch.OutOfMemoryError as error:
+            name = alignment.tensors[span.tensor].name
+            raise DeviceError(f"{device} ran out of memory at {name!r}.", hint="Use --device cpu.") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

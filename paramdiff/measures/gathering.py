@@ -48,17 +48,21 @@ class Gathering(Protocol):
     def finish(self) -> Found: ...
 
 
-def gather(x: Arrays, shape: tuple[int, int], compute: str, method: str = "exact") -> Gathering:
-    """A gathering for an m × n matrix on the backend `x`; with `method` "sketch", a sketch of it if it is large."""
+def gather(x: Arrays, shape: tuple[int, int], compute: str, *, method: str = "exact", pieces: bool = False) -> Gathering:
+    """A gathering for an m × n matrix on the backend `x`; with `method` "sketch", a sketch of it if it is large.
+
+    `pieces` says that blocks may hold a part of a row; the matrix is kept whole then.
+    """
     sketched = method == "sketch" and min(shape) > sketch.ABOVE
-    return OnHost(shape, compute, sketched) if x.eager else OnDevice(x, shape, compute, sketched)
+    whole = pieces or sketched or compute == "f64"
+    return OnHost(shape, compute, whole, sketched) if x.eager else OnDevice(x, shape, compute, whole, sketched)
 
 
 class OnHost:
     """In numpy: entries, then rows or a Gram matrix."""
 
-    def __init__(self, shape: tuple[int, int], compute: str, sketched: bool) -> None:
-        self.shape, self.ranged, self.sketched = shape, compute == "f64", sketched
+    def __init__(self, shape: tuple[int, int], compute: str, whole: bool, sketched: bool) -> None:
+        self.shape, self.ranged, self.whole = shape, compute == "f64", whole
         self.of_matrix = sketch.of_matrix if sketched else singular.of_matrix
         self.of_entries = sketch.of_entries if sketched else singular.of_entries
         self.dtype = np.float32 if compute == "f32" else np.float64
@@ -85,7 +89,7 @@ class OnHost:
         rows, cols = self.shape
         self.gram: Array | None = None
         self.seen = 0  # rows that hold anything
-        self.tall = rows >= cols and rows * cols > singular.SMALL and not (self.ranged or self.sketched)
+        self.tall = rows >= cols and rows * cols > singular.SMALL and not self.whole
         self.kept = np.zeros((cols if self.tall else rows, cols), np.float64 if self.tall else self.dtype)
 
     def _put(self, start: int, count: int, index: Array | None, delta: Array) -> None:
@@ -93,10 +97,23 @@ class OnHost:
             part = self.kept.reshape(-1)[start : start + count]
             part[slice(None) if index is None else index] = delta
             return
-        block = delta if index is None else np.zeros(count, delta.dtype)
-        if index is not None:
+        cols, room = self.shape[1], len(self.kept)
+        if index is None:
+            self._put_rows(delta.reshape(-1, cols))
+            return
+        ends = np.searchsorted(index, np.arange(0, count + 1, cols))
+        at, rows = self.seen % room, count // cols
+        if at and at + rows <= room and (ends[1:] > ends[:-1]).all():  # the common case, without a copy
+            place = self.kept[at : at + rows].reshape(-1)
+            place[:] = 0
+            place[index] = delta
+            self.seen += rows
+        else:
+            block = np.zeros(count)
             block[index] = delta
-        block = block.reshape(-1, self.shape[1])
+            self._put_rows(block.reshape(-1, cols))
+
+    def _put_rows(self, block: Array) -> None:
         rows = block[block.any(axis=1)]
         while len(rows):
             at = self.seen % len(self.kept)
@@ -155,13 +172,13 @@ class OnDevice:
 
     KEPT = 1 << 22  # elements up to which a matrix is kept whole, whatever its shape
 
-    def __init__(self, x: Any, shape: tuple[int, int], compute: str, sketched: bool) -> None:
+    def __init__(self, x: Any, shape: tuple[int, int], compute: str, whole: bool, sketched: bool) -> None:
         self.x, self.torch, self.shape, self.ranged = x, x.torch, shape, compute == "f64"
         self.of_matrix = sketch.of_matrix if sketched else singular.of_matrix
         self.on_host = self.ranged or sketched or shape[0] * shape[1] <= singular.SMALL
         rows, cols = shape
         self.energy: list[Any] = []
-        self.whole = self.on_host or rows < cols or rows * cols <= self.KEPT
+        self.whole = whole or self.on_host or rows < cols or rows * cols <= self.KEPT
         dtype = x.f32 if compute == "f32" else x.f64
         if self.whole:
             self.kept = self.torch.zeros(rows * cols, dtype=dtype, device=x.device)
@@ -189,7 +206,9 @@ class OnDevice:
         try:
             squares = self.torch.linalg.eigvalsh(gram).cpu().numpy()
         except self.torch.linalg.LinAlgError:  # the host has other drivers
-            return Found(singular.of_gram(gram.cpu().numpy(), max(self.shape)), energy)
+            spectrum = singular.of_gram(gram.cpu().numpy(), max(self.shape))
+            spectrum.note = spectrum.note or "the device's eigenvalues did not converge; the host's did"
+            return Found(spectrum, energy)
         return Found(singular.of_squares(squares, max(self.shape), float(gram.trace())), energy)
 
     def _gram_of_kept(self) -> Any:

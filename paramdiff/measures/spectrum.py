@@ -50,7 +50,8 @@ def update(acc: Accumulator, block: PairBlock, options: Options) -> None:
             _complete(state, block.x)
             state.number = number
         if state.gathering is None:
-            state.gathering = gather(block.x, tensor.matrices[1:], tensor.compute, options.method)
+            pieces = block.window.cols < tensor.cols
+            state.gathering = gather(block.x, tensor.matrices[1:], tensor.compute, method=options.method, pieces=pieces)
         _take(state, state.gathering, block, start, part)
 
 

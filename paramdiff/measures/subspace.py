@@ -55,7 +55,14 @@ def update(acc: Accumulator, block: PairBlock, options: Options) -> None:
         state.seen += taken
         done += taken
         if state.seen == size:
-            state.found.append(_rows(state.sides[0].reshape(rows, cols), state.sides[1].reshape(rows, cols), options))
+            state.found.append(
+                _rows(
+                    state.sides[0].reshape(rows, cols),
+                    state.sides[1].reshape(rows, cols),
+                    options,
+                    whole_numbers=tensor.compute == "i64",
+                )
+            )
             state.seen = 0
 
 
@@ -66,13 +73,15 @@ def finish(acc: Accumulator, tensor: Aligned, options: Options, x: Arrays) -> No
         acc.state = None
 
 
-def _rows(base: Any, tuned: Any, options: Options) -> list[dict[str, Any]]:
+def _rows(base: Any, tuned: Any, options: Options, *, whole_numbers: bool) -> list[dict[str, Any]]:
     """One row for each k; `angles` and `sigma` in it become rows of further tables."""
     blank = {"alpha": options.alpha, "chance": options.alpha}
     if not (np.isfinite(base).all() and np.isfinite(tuned).all()):
         return [blank | {"k": k, "note": "holds NaN or infinite elements"} for k in options.ks]
 
     def changed(rows: slice) -> Any:
+        if whole_numbers:  # which no export rounds
+            return base[rows] != tuned[rows]
         return _in_bf16(base[rows]) != _in_bf16(tuned[rows])
 
     count = sum(int(np.count_nonzero(changed(slice(at, at + 1024)))) for at in range(0, len(base), 1024))
@@ -121,10 +130,11 @@ def _in_bf16(values: Any) -> Any:
 
 
 def _distance(base: Any, tuned: Any) -> float:
-    """‖tuned − base‖_F, with the difference in the type of the comparison, as everywhere."""
-    parts = [
-        np.linalg.norm((tuned[at : at + 1024] - base[at : at + 1024]).astype(np.float64)) for at in range(0, len(base), 1024)
-    ]
+    """‖tuned − base‖_F in float64, which no difference of float32 leaves."""
+    parts = []
+    for at in range(0, len(base), 1024):
+        rows = slice(at, at + 1024)
+        parts.append(np.linalg.norm(tuned[rows].astype(np.float64) - base[rows].astype(np.float64)))
     return float(np.linalg.norm(parts))
 
 
@@ -144,8 +154,8 @@ def tables(acc: Accumulator, tensor: Aligned) -> dict[str, list[dict[str, Any]]]
     if not tensor.is_matrix:
         return made
     place = names.place(tensor.name)
-    _, rows, cols = tensor.matrices
-    for number, of_matrix in enumerate(acc.results.get("found") or [[{"note": _why_none(tensor)}]]):
+    count, rows, cols = tensor.matrices
+    for number, of_matrix in enumerate(acc.results.get("found") or [[{"note": _why_none(tensor)}]] * max(count, 1)):
         expert = number if tensor.is_stack else place.expert
         for found in of_matrix:
             where = {"layer": place.layer, "module": place.module, "kind": place.kind, "expert": expert}
