@@ -39,7 +39,8 @@ def compare(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Diff:
-    """Compare two checkpoints, reading each once, in memory bounded by the block size.
+    """Compare two checkpoints, reading each once, in memory bounded by the block size (spectra and subspaces: by the largest
+    matrix).
 
     Args:
         base, tuned: checkpoint directories or files (see `checkpoints.open`).
@@ -72,12 +73,10 @@ def compare(
             sides.append(checkpoints.open(fspath(ref)))
         alignment = align(sides[0], sides[1], include=include, exclude=exclude, resized=compat is None)
         # polars takes longer to import than a small model to compare: let it, beside the reading.
-        background = Thread(target=_import_tables)
+        background = Thread(target=_import_tables, daemon=True)  # for whose end Ctrl-C need not wait
         background.start()
-        try:
-            result = collect(alignment, chosen, options, device=device, threads=threads, progress=progress)
-        finally:
-            background.join()
+        result = collect(alignment, chosen, options, device=device, threads=threads, progress=progress)
+        background.join()
     finally:
         for side in sides:
             side.close()

@@ -48,7 +48,12 @@ class Aligned:
     @property
     def is_matrix(self) -> bool:
         """True where rows and columns mean something: not for vectors, scalars and packed types."""
-        return len(self.shape) >= 2 and all(side.type.bits >= 8 for side in self.sides)
+        return len(self.shape) >= 2 and not self.is_packed and not self._stacks_vectors
+
+    @property
+    def is_packed(self) -> bool:
+        """True for several dimensions of a type that shares bytes, whose rows need not begin at one."""
+        return len(self.shape) >= 2 and any(side.type.bits < 8 for side in self.sides)
 
     @property
     def rows(self) -> int:
@@ -59,6 +64,11 @@ class Aligned:
     @property
     def cols(self) -> int:
         return self.numel // self.rows if self.rows else 0
+
+    @property
+    def _stacks_vectors(self) -> bool:
+        """True for the biases of all experts in one tensor."""
+        return len(self.shape) == 2 and "experts." in self.name and self.name.endswith("bias")
 
     @property
     def matrices(self) -> tuple[int, int, int]:

@@ -77,12 +77,12 @@ def of_matrix(a: Matrix) -> Spectrum:
     """
     length = min(a.shape)
     rows, cols = a.any(axis=1), a.any(axis=0)
-    if not rows.all():
-        a = a[rows]
-    if not cols.all():
-        a = a[:, cols]
-    if not a.size:
+    if not rows.any():
         return Spectrum(np.zeros(length), "svd")
+    if (
+        2 * np.count_nonzero(rows) < a.shape[0] or 2 * np.count_nonzero(cols) < a.shape[1]
+    ):  # otherwise copying costs more than it saves
+        a = a[np.ix_(rows, cols)]
     if a.size <= SMALL or min(a.shape) <= THIN:
         return _svd(a.astype(np.float64, copy=False)).padded(length)
     gram, by_rows = new_gram(min(a.shape)), a.shape[0] > a.shape[1]
@@ -116,7 +116,7 @@ def of_gram(gram: Matrix, terms: int) -> Spectrum:
     length, energy = len(gram), float(gram.diagonal().sum())
     if len(used) < length:
         gram = gram[np.ix_(used, used)]
-    squares, note = _eigenvalues(gram) if len(used) else (np.zeros(0), None)
+    squares, note = eigenvalues(gram) if len(used) else (np.zeros(0), None)
     return of_squares(squares, terms, energy, note).padded(length)
 
 
@@ -126,7 +126,7 @@ def of_squares(squares: Matrix, terms: int, energy: float, note: str | None = No
     return Spectrum(sigma, "gram", square_error=(terms + len(squares)) * U * energy, note=note)
 
 
-def _eigenvalues(gram: Matrix) -> tuple[Matrix, str | None]:
+def eigenvalues(gram: Matrix) -> tuple[Matrix, str | None]:
     """Ascending eigenvalues of a symmetric matrix given by its lower triangle. Another driver where one fails."""
     failed: list[str] = []
     for driver in ("evd", "ev", "evx"):

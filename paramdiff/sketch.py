@@ -1,9 +1,9 @@
 """The leading singular values of a matrix at a fraction of the cost of all: random subspace iteration, with an error bound.
 
 `ROUNDS` rounds of Q ← orth(A·Aᵀ·Q) from a Gaussian start, then the singular values of QᵀA (Halko, Martinsson & Tropp, *SIAM
-Review* 53, 2011, Alg. 4.4 and 5.1). They never exceed the true ones, and each lies within ‖A·v − σ·u‖ of some true singular
-value (Parlett, *The Symmetric Eigenvalue Problem*, §4.5): that residual is what `Spectrum.sigma_error` states, the largest
-over all that are given. The start depends on the shape alone, so that a run repeats itself.
+Review* 53, 2011, Alg. 4.4 and 5.1). But for rounding they never exceed the true ones, and each lies within ‖A·v − σ·u‖ of
+some true singular value (Parlett, *The Symmetric Eigenvalue Problem*, §4.5): that residual is what `Spectrum.sigma_error`
+states, the largest over all that are given. The start depends on the shape alone, so that a run repeats itself.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def of_matrix(a: Any) -> Spectrum:
     """
     random = np.random.Generator(np.random.PCG64(seed=list(a.shape)))
     kind = a.dtype.type
-    exponent = int(np.frexp(abs(a).max())[1])
+    exponent = int(np.frexp(max(a.max(), -a.min()))[1])
     exponent = exponent if abs(exponent) > FAR else 0  # a power of two brings it back from the ends of the type's range
     if exponent:
-        a = a * kind(2.0**-exponent)
-    turned = random.standard_normal((a.shape[1], min(KEPT + EXTRA, *a.shape)), dtype=kind)
+        a = _scaled(a, -exponent)
+    turned = random.standard_normal((a.shape[1], min(KEPT + EXTRA, *a.shape)), dtype=np.float32).astype(kind)
     for _ in range(ROUNDS):
         basis = _orthonormal(a @ turned)
         turned = _orthonormal(a.T @ basis)
@@ -46,6 +46,14 @@ def of_matrix(a: Any) -> Spectrum:
     sigma, right, left = sigma[:KEPT], right[:, :KEPT].astype(kind), basis @ left[:KEPT].T.astype(kind)
     residuals = np.linalg.norm((a @ right).astype(np.float64) - left * sigma, axis=0)
     return Spectrum(np.ldexp(sigma, exponent), "sketch", sigma_error=float(np.ldexp(residuals.max(), exponent)))
+
+
+def _scaled(a: Any, exponent: int) -> Any:
+    if sparse.issparse(a):
+        scaled = a.copy()
+        scaled.data = np.ldexp(a.data, exponent)
+        return scaled
+    return np.ldexp(a, exponent)
 
 
 def of_entries(positions: Any, values: Any, shape: tuple[int, int]) -> Spectrum:

@@ -2,7 +2,8 @@
 
 A tensor is cut into *blocks* of whole rows (or pieces of one long row). The cut depends on the shape alone, never on
 threads, shards or the order of reading, and every sum is kept per block until the tensor is complete; that is why results
-are the same to the last bit for any number of threads and any shard layout.
+are the same to the last bit for any number of threads and any shard layout. (Spectra of matrices that take seconds are so
+but for their last bits, where there are more cores than tensors: see `engines.run`.)
 
 Blocks are grouped into *spans*, the unit of work: a small picklable value that any worker can take up.
 """

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from paramdiff.singular import SMALL, THIN, U, add_gram, new_gram
+from paramdiff.singular import SMALL, THIN, U, add_gram, eigenvalues, new_gram
 
 Matrix = np.ndarray[Any, Any]
 Slices = Callable[[], Iterator[tuple[Matrix, Matrix]]]  # (magnitudes, which of them changed), piece by piece
@@ -55,10 +55,12 @@ def leading(w: Matrix, k: int) -> Leading:
     gram, step = new_gram(short), max(1, STEP // short)
     for at in range(0, max(w.shape), step):
         add_gram(gram, w[at : at + step] if tall else w[:, at : at + step].T)
-    squares = scipy.linalg.eigh(gram, lower=True, eigvals_only=True, check_finite=False)
-    _, vectors = scipy.linalg.eigh(
-        gram, lower=True, subset_by_index=[short - k, short - 1], driver="evr", check_finite=False
-    )
+    squares = eigenvalues(gram)[0]
+    try:
+        asked = {"subset_by_index": [short - k, short - 1], "driver": "evr"}
+        vectors = scipy.linalg.eigh(gram, lower=True, check_finite=False, **asked)[1]
+    except np.linalg.LinAlgError:
+        vectors = scipy.linalg.eigh(gram, lower=True, check_finite=False, driver="ev")[1][:, -k:]
     near = vectors[:, ::-1]  # singular vectors of the short side, largest first
     far = _times(w if tall else w.T, near)
     far, norms = np.linalg.qr(far)  # the norms are the singular values; orthogonal up to the error of the Gram matrix

@@ -59,12 +59,17 @@ def roll_up(tensors: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
 
 def roll_up_ranks(ranks: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
     """Pool matrices by `keys` (none: all in one row); see `pooled_ranks`. Raises `OptionError` as `roll_up` does."""
-    return _grouped(ranks, keys, pooled_ranks)
+    return _grouped(_counted_once(ranks), keys, pooled_ranks)
 
 
 def roll_up_subspaces(found: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
     """Pool matrices by k and `keys`; see `pooled_subspaces`. Raises `OptionError` as `roll_up` does."""
-    return _grouped(found, ["k", *keys], pooled_subspaces)
+    return _grouped(_counted_once(found), ["k", *keys], pooled_subspaces)
+
+
+def _counted_once(matrices: pl.DataFrame) -> pl.DataFrame:
+    """Without tied heads, whose embedding is there."""
+    return matrices.filter(~pl.col("note").fill_null("").str.starts_with("tied to "))
 
 
 def _grouped(table: pl.DataFrame, keys: Sequence[str], pool: Callable[[pl.DataFrame], dict[str, Any]]) -> pl.DataFrame:
@@ -124,8 +129,9 @@ def pooled_ranks(group: pl.DataFrame) -> dict[str, Any]:
         total = None if known[name].null_count() or not known.height else int(known[name].sum())
         row[name] = total
         row[f"{name}_percent"] = None if total is None or not full else 100 * total / full
-    row["numeric_rank_percent_mean"] = known["numeric_rank_percent"].mean()
-    row["numeric_rank_percent_min"] = known["numeric_rank_percent"].min()
+    each = known["numeric_rank_percent"]
+    row["numeric_rank_percent_mean"] = None if each.null_count() else each.mean()
+    row["numeric_rank_percent_min"] = None if each.null_count() else each.min()
     for name in ("stable_rank", "entropy_rank", "top1_share"):
         row[f"{name}_median"] = changed[name].median()
     row["sigma_1_max"] = known["sigma_1"].max()
@@ -138,15 +144,15 @@ def pooled_subspaces(group: pl.DataFrame) -> dict[str, Any]:
     """One row for a group of matrices at one k: means, medians and maxima over matrices; the two mask overlaps over all
     changed elements of the group."""
     known = group.filter(pl.col("note").is_null())
-    moved = known.filter(pl.col("changed") > 0)
+    moved = known.filter(pl.col("changed_bf16") > 0)
     row: dict[str, Any] = {"matrices": group.height, "left_out": group.height - known.height}
     for name in ("angle_u_max", "angle_v_max"):
         row[f"{name}_median"], row[name] = known[name].median(), known[name].max()
     for name in ("overlap_u", "chance_u", "overlap_v", "chance_v", "nss", "sigma_shift_share"):
         row[f"{name}_mean"] = known[name].mean()
-    row |= {"nss_max": known["nss"].max(), "changed": int(known["changed"].sum())}
+    row |= {"nss_max": known["nss"].max(), "changed_bf16": int(known["changed_bf16"].sum())}
     for name in ("principal_overlap", "low_overlap"):
-        row[name] = float((moved[name] * moved["changed"]).sum()) / row["changed"] if row["changed"] else None
+        row[name] = float((moved[name] * moved["changed_bf16"]).sum()) / row["changed_bf16"] if row["changed_bf16"] else None
     return row | {"chance": group["chance"].max()}
 
 

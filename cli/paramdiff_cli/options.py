@@ -55,7 +55,9 @@ CompatOption = Annotated[
 Measures = Annotated[
     str | None,
     typer.Option(
-        "--measures", help="What to measure in the one pass: change,magnitude,rows (the default), spectrum.", metavar="A,B,…"
+        "--measures",
+        help="What to measure in the one pass: change,magnitude,rows (the default), spectrum, subspace.",
+        metavar="A,B,…",
     ),
 ]
 

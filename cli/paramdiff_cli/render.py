@@ -105,7 +105,9 @@ def overall(diff: Diff) -> Table:
 def magnitudes(diff: Diff) -> Text:
     """How far it went, in a line."""
     summary = diff.summary()
-    parts = [f"‖Δ‖/‖base‖ {number(summary['rel_l2'])}", f"largest |Δ| {number(summary['max_abs_delta'])}"]
+    parts = []
+    if summary["max_abs_delta"] is not None:
+        parts = [f"‖Δ‖/‖base‖ {number(summary['rel_l2'])}", f"largest |Δ| {number(summary['max_abs_delta'])}"]
     parts.append(f"{summary['sign_flips']:,} sign flips")
     for side in ("base", "tuned"):
         if summary[f"nonfinite_{side}"]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from paramdiff import Diff
 
+SUSPECT = 1e-5  # energy_error beyond which something is wrong
 DEFINITIONS = (
     ("numeric_rank", "numeric rank, σ > σ₁·max(m,n)·2⁻²³"),
     ("rank_at_1e-3", "σ > σ₁/1000"),
@@ -43,20 +44,21 @@ def show(console: Console, diff: Diff) -> None:
 
 def _remarks(diff: Diff, total: dict[str, Any]) -> list[Text]:
     matrices = total["matrices"] - total["without_spectrum"]
-    said = f"{matrices} matrices, of full rank {total['full_rank']:,} in all"
+    said = f"{matrices} {'matrix' if matrices == 1 else 'matrices'}, of full rank {total['full_rank']:,} in all"
     if total["zero"]:
         said += f"; {total['zero']} of them did not change (rank 0)"
     lines = [Text(said)]
     if "sketch" in total["methods"]:
         sketched = diff.ranks["method"].to_list().count("sketch")
         lines.append(
-            Text(f"{sketched} of them sketched: leading σ only, each within `resolution` (ranks.parquet) of the truth")
+            Text(f"{sketched} of them sketched: leading σ only, each within `resolution` (ranks.parquet) of a true one")
         )
     lines += notes(diff.ranks)
     if total["uncertain"]:
-        lines.append(
-            Text(f"{total['uncertain']} numeric ranks are uncertain: a σ lies within the arithmetic's error of the cut")
-        )
+        names = [_label(row) for row in diff.ranks.filter(diff.ranks["rank_uncertain"]).to_dicts()]
+        lines.append(_listed(names, "numeric rank uncertain, a σ lies within the arithmetic's error of the cut"))
+    if (total["energy_error_max"] or 0.0) > SUSPECT:
+        lines.append(Text(f"Self-check failed: Σσ² is off by {total['energy_error_max']:.1e} of ‖Δ‖_F²; please report this"))
     return lines
 
 
@@ -64,13 +66,13 @@ def notes(table: Any) -> list[Text]:
     """What the column `note` says, a line for each thing that is said."""
     said: dict[str, list[str]] = {}
     for row in table.filter(table["note"].is_not_null()).to_dicts():
-        name = _label(row)
-        said.setdefault(row["note"], []).append(name)
-    lines = []
-    for note, names in said.items():
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        lines.append(plain(f"{', '.join(names[:LISTED])}{more}: {note}"))
-    return lines
+        said.setdefault(row["note"], []).append(_label(row))
+    return [_listed(names, note) for note, names in said.items()]
+
+
+def _listed(names: list[str], note: str) -> Text:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return plain(f"{', '.join(names[:LISTED])}{more}: {note}")
 
 
 def _label(row: dict[str, Any]) -> str:
@@ -107,7 +109,9 @@ def _rolled_up(diff: Diff, key: str) -> Table:
         cells = [_percent(row["numeric_rank_percent"]), _percent(row["numeric_rank_percent_min"])]
         cells += [_percent(row[f"{name}_percent"]) for name, _ in DEFINITIONS[1:]]
         cells += [number(row[f"{name}_median"]) for name in ("stable_rank", "entropy_rank", "top1_share")]
-        table.add_row(plain(label), str(row["matrices"]), *cells, number(row["sigma_1_max"]))
+        table.add_row(
+            plain(label[:LONGEST]), str(row["matrices"] - row["without_spectrum"]), *cells, number(row["sigma_1_max"])
+        )
     return table
 
 

@@ -66,6 +66,16 @@ def ranks(diff: Diff) -> dict[str, Any]:
     }
 
 
+def subspaces(diff: Diff) -> dict[str, Any]:
+    """What `--json` says of subspaces: by k, and by module and layer as well, and every matrix."""
+    return {
+        "subspaces": diff.subspaces_by().to_dicts(),
+        "subspaces_by_module": diff.subspaces_by("module").to_dicts(),
+        "subspaces_by_layer": diff.subspaces_by("layer").to_dicts(),
+        "matrices": diff.subspaces.to_dicts(),
+    }
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar with bytes, rate and time left on stderr; None where nobody watches."""

@@ -33,7 +33,7 @@ def sparsity(
 
         paramdiff sparsity base/ tuned/ --compat mukherjee2025 --tol 1e-5
 
-        paramdiff sparsity base/ tuned/ --measures change,spectrum
+        paramdiff sparsity base/ tuned/ --measures change,magnitude,spectrum
     """
     diff = sink.compared(
         base,
@@ -49,7 +49,8 @@ def sparsity(
         threads=threads,
     )
     if json:
-        sink.print_json(diff.summary() | (sink.ranks(diff) if "ranks" in diff.tables else {}))
+        found = sink.subspaces(diff) if "subspaces" in diff.tables else {}
+        sink.print_json(diff.summary() | found | (sink.ranks(diff) if "ranks" in diff.tables else {}))
     elif not quiet:
         from paramdiff_cli import render
 
@@ -60,5 +61,9 @@ def sparsity(
 
             console.print()
             render_ranks.show(console, diff)
+        if "subspaces" in diff.tables:
+            from paramdiff_cli import render_subspaces
+
+            render_subspaces.show(console, diff)
         if out is not None:
             console.print(render.plain(f"Tables written to {out}"), soft_wrap=True)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+LONGEST_LINE = 1 << 20  # of the numbers and names that old protocols write as text
 MAX_BYTES = 512_000_000  # of a pickle; those of models of 10¹² parameters stay far below
 
 STORAGES = {
@@ -63,9 +65,6 @@ class Opaque:
     items: list[Any] = field(default_factory=list)
     entries: dict[Any, Any] = field(default_factory=dict)
 
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
     def __setitem__(self, key: Any, value: Any) -> None:
         self.entries[key] = value
 
@@ -85,15 +84,52 @@ def load(data: bytes) -> Any:
 
     Raises `Refused` for a global that is neither known nor of a known framework, `ValueError` for a broken pickle.
     """
-    return Reader(io.BytesIO(data)).load()
+    return Reader(io.BytesIO(data), len(data)).load()
+
+
+class Bounded:
+    """A stream that ends at byte `end`. More than that is never asked of memory, whatever a pickle claims to hold."""
+
+    def __init__(self, stream: Any, end: int) -> None:
+        self._stream, self._end = stream, end
+
+    def read(self, size: int) -> bytes:
+        if size < 0 or size > self._end - self._stream.tell():
+            raise EOFError("it ends early")
+        return bytes(self._stream.read(size))
+
+    def readline(self) -> bytes:
+        return bytes(self._stream.readline(LONGEST_LINE))
 
 
 class Reader(pickle._Unpickler):
     """Python's own unpickler in Python: the one in C lets a pickle of ten bytes allocate gigabytes for its memo."""
 
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    read: Any
+    append: Any
+    stack: Any
+
+    def __init__(self, stream: Any, end: int) -> None:
+        super().__init__(Bounded(stream, end))
         self.storages: list[Storage] = []  # all that were named so far
+
+    def load_bytearray8(self) -> None:
+        """As in the standard library, but for allocating what the pickle claims before it has been read."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+    def load_build(self) -> None:
+        """Give an object its state: only those without behaviour get one, so that nothing else can be rewritten."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Opaque):
+            self.stack[-1].state = state
+        elif not isinstance(self.stack[-1], OrderedDict):  # whose attributes (`_metadata`) say nothing of the weights
+            raise ValueError(f"it gives a state to a {type(self.stack[-1]).__name__}")
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
         return _named(str(module), str(name))
@@ -113,7 +149,7 @@ class Reader(pickle._Unpickler):
     def load(self) -> Any:
         try:
             return super().load()
-        except (Refused, MemoryError):
+        except Refused:
             raise
         except ValueError as error:
             raise ValueError(str(error) or "broken pickle") from error
@@ -158,8 +194,9 @@ def _named(module: str, name: str) -> Any:
         return OrderedDict
     if module in ("builtins", "__builtin__") and name in PLAIN:
         return PLAIN[name]
-    if module == "_codecs" and name == "encode":
-        return _Call("encode")
+    if (module, name) in (("_codecs", "encode"), ("builtins", "bytearray"), ("builtins", "bytes"),
+                          ("__builtin__", "bytearray"), ("__builtin__", "bytes")):  # fmt: skip
+        return _Call(name)
     if f"{module}.{name}" in _REBUILDERS:
         return _Call(f"{module}.{name}")
     if module in ("torch", "torch.storage", "torch.cuda") and name in STORAGES:
@@ -210,6 +247,14 @@ def _encode(text: Any, _encoding: Any = "latin1") -> bytes:
     return str(text).encode("latin1")
 
 
+def _bytes(value: Any = b"", encoding: Any = "latin1") -> bytes:
+    if isinstance(value, str):
+        return _encode(value, encoding)
+    if not isinstance(value, (bytes, bytearray, list)):  # a number would make as many zeros
+        raise ValueError("bytes are described in an unknown way")
+    return bytes(value)
+
+
 _REBUILDERS: dict[str, Any] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -219,4 +264,6 @@ _REBUILDERS: dict[str, Any] = {
     "torch._tensor._rebuild_from_type_v2": _typed,
     "torch.Size": lambda sizes=(): tuple(sizes),
     "encode": _encode,
+    "bytes": _bytes,
+    "bytearray": lambda *args: bytearray(_bytes(*args)),
 }

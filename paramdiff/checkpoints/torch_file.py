@@ -164,15 +164,15 @@ def _member(files: Files, file: int, info: zipfile.ZipInfo) -> int:
 def _read_legacy(path: str, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
     """Four pickles (magic number, version, facts about the system, the content), a list of storages, then their data."""
     with open(path, "rb") as stream:
-        if pickles.Reader(stream).load() != LEGACY_MAGIC:
+        if pickles.Reader(stream, size).load() != LEGACY_MAGIC:
             raise ValueError("it is a pickle, but not one of torch.save")
-        pickles.Reader(stream).load()
-        system = pickles.Reader(stream).load()
+        pickles.Reader(stream, size).load()
+        system = pickles.Reader(stream, size).load()
         if isinstance(system, dict) and system.get("little_endian") is False:
             raise UnsupportedFormat(f"{path} was written on a big-endian machine.")
-        reader = pickles.Reader(stream)
+        reader = pickles.Reader(stream, size)
         content = reader.load()
-        keys = pickles.Reader(stream).load()
+        keys = pickles.Reader(stream, size).load()
         sizes = {storage.key: DTYPES[storage.dtype].bits // 8 for storage in reader.storages if storage.dtype}
         storages = {}
         for key in keys:

@@ -6,10 +6,12 @@ import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
+from paramdiff.engines import processes
+from paramdiff.engines import threads as in_threads
 from paramdiff.engines.threads import Results
 from paramdiff.errors import DeviceError
 from paramdiff.machine import cores, memory
-from paramdiff.measures import Measure, Options, scratch, whole_tensors
+from paramdiff.measures import Measure, Options, on_cpu, scratch, whole_tensors
 from paramdiff.pairing import Alignment
 from paramdiff.streaming import effort, spans, whole_spans
 
@@ -30,6 +32,8 @@ def run(
     whole = whole_tensors(measures)
     work = whole_spans(alignment) if whole else spans(alignment)
     total = sum(span.nbytes for span in work)
+    if device == "auto" and whole and on_cpu(measures, options):
+        device = "cpu"  # where it would be done anyway, one matrix after the other
     chosen = _resolve(device, total)
     if chosen != "cpu":
         import torch
@@ -38,25 +42,24 @@ def run(
 
         name = chosen.removeprefix("torch:")
         return name, torch_device.run(alignment, measures, options, device=torch.device(name))
-    from paramdiff.engines import processes
-    from paramdiff.engines import threads as in_threads
-
     small = total <= SMALL and not (whole and sum(effort(tensor) for tensor in alignment.tensors) > LIGHT)
     threads = threads or (1 if small else cores())
-    workers = min(threads, _room(alignment, measures))
+    workers = min(threads, _room(alignment, measures, options))
     # Where there are fewer tensors than cores and they take long, BLAS may use the rest of them. Its sums then depend on how
     # many there are, in the last bits of singular values; nowhere else does the number of threads change anything.
     heavy = whole and max((effort(tensor) for tensor in alignment.tensors), default=0) > HEAVY
     blas = max(1, threads // min(workers, len(work) or 1)) if heavy else 1
-    if small or workers == 1 or not _travels(measures):
+    # A single worker of light work runs here; heavy linear algebra in this process would not hear of Ctrl-C.
+    if small or (workers == 1 and not whole) or not _travels(measures):
         return "cpu", in_threads.run(alignment, work, measures, options, threads=workers, blas=blas)
     return "cpu", processes.run(alignment, work, measures, options, workers=workers, blas=blas)
 
 
-def _room(alignment: Alignment, measures: Sequence[Measure]) -> int:
+def _room(alignment: Alignment, measures: Sequence[Measure], options: Options) -> int:
     """How many workers find room for what they gather, at least one."""
-    most = max((scratch(measures, tensor) for tensor in alignment.tensors), default=0)
-    return max(1, int(0.8 * memory()) // most) if most else 1 << 16
+    needs = [need for tensor in alignment.tensors if (need := scratch(measures, tensor, options))]
+    most = max((need for need in needs if need <= memory()), default=0)  # what needs more is left out, with a note
+    return max(1, memory() // most) if most else 1 << 16
 
 
 def _travels(measures: Sequence[Measure]) -> bool:

@@ -47,7 +47,7 @@ def run(
     setup = pickle.dumps((alignment, portable(measures), options, blas, block), protocol=pickle.HIGHEST_PROTOCOL)
     pending = deque(work)
     done: queue.SimpleQueue[tuple[subprocess.Popen[bytes], Result | BaseException]] = queue.SimpleQueue()
-    crew = [_start() for _ in range(min(workers or cores(), len(work)))]
+    crew = [_start(blas) for _ in range(min(workers or cores(), len(work)))]
     listeners = [threading.Thread(target=_listen, args=(worker, done), daemon=True) for worker in crew]
     try:
         for worker, listener in zip(crew, listeners, strict=True):
@@ -74,9 +74,11 @@ def run(
                     _pipe(pipe).close()
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _start(blas: int) -> subprocess.Popen[bytes]:
     # The worker imports what the parent can, in the same order: -P adds no directory of its own.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    # BLAS starts its threads when it is imported; limiting them afterwards leaves hundreds asleep on a large machine.
+    environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(blas))
     command = [sys.executable, "-P", "-c", "from paramdiff.engines.worker import main; main()"]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is for the parent alone
     try:

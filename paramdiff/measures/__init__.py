@@ -22,8 +22,22 @@ from paramdiff.pairing import Aligned
 from paramdiff.streaming import Window
 
 __all__ = [
-    "DEFAULT", "MEASURES", "Accumulator", "Measure", "Options", "PairBlock", "WholeTensorMeasure", "fold", "make_options",
-    "merge", "portable", "restored", "scratch", "select", "whole_tensors",
+    "DEFAULT",
+    "MEASURES",
+    "Accumulator",
+    "Measure",
+    "Options",
+    "PairBlock",
+    "WholeTensorMeasure",
+    "fold",
+    "make_options",
+    "merge",
+    "on_cpu",
+    "portable",
+    "restored",
+    "scratch",
+    "select",
+    "whole_tensors",
 ]  # fmt: skip
 
 
@@ -42,11 +56,12 @@ class WholeTensorMeasure(Protocol):
     """A measure that also has these two sees each tensor whole: all its blocks, in order, in one worker.
 
     `finish` is called after the last block; it turns `acc.state` into something small in `acc.results`. `scratch` says how
-    many bytes a worker needs meanwhile.
+    many bytes a worker needs meanwhile, `on_cpu` whether the work is done there whatever the device.
     """
 
     def finish(self, acc: Accumulator, tensor: Aligned, options: Options, x: Arrays) -> None: ...
-    def scratch(self, tensor: Aligned) -> int: ...
+    def scratch(self, tensor: Aligned, options: Options) -> int: ...
+    def on_cpu(self, options: Options) -> bool: ...
 
 
 MEASURES = {name: f"paramdiff.measures.{name}" for name in ("change", "magnitude", "rows", "spectrum", "subspace")}
@@ -78,9 +93,14 @@ def whole_tensors(measures: Sequence[Measure]) -> bool:
     return any(isinstance(measure, WholeTensorMeasure) for measure in measures)
 
 
-def scratch(measures: Sequence[Measure], tensor: Aligned) -> int:
+def scratch(measures: Sequence[Measure], tensor: Aligned, options: Options) -> int:
     """Bytes that a worker needs for one tensor beyond its buffers."""
-    return sum(measure.scratch(tensor) for measure in measures if isinstance(measure, WholeTensorMeasure))
+    return sum(measure.scratch(tensor, options) for measure in measures if isinstance(measure, WholeTensorMeasure))
+
+
+def on_cpu(measures: Sequence[Measure], options: Options) -> bool:
+    """Whether a GPU would only read: most of the work is linear algebra that is done on the CPU."""
+    return any(measure.on_cpu(options) for measure in measures if isinstance(measure, WholeTensorMeasure))
 
 
 def portable(measures: Sequence[Measure]) -> list[str | Measure]:

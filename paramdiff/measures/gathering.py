@@ -1,4 +1,4 @@
-"""Δ of one matrix, gathered while its blocks stream by in order, in memory that the shorter side bounds.
+"""Δ of one matrix, gathered while its blocks stream by in order.
 
 On the CPU it begins as a list of entries. Most updates by plain SGD stay one, and `singular.of_entries` is then orders of
 magnitude cheaper than anything dense. Past `FEW` entries
@@ -27,7 +27,7 @@ from paramdiff.measures.accumulator import exact_sum
 
 OVERFLOW = "a difference is beyond the range of its type"
 FEW = 0.02  # share of entries up to which a matrix is handled as sparse
-Parts = list[tuple[int, int, Any, Array]]  # start, length, positions within it (None: all), values there
+Parts = list[tuple[int, int, Array, Array]]  # start, length, positions within it, values there
 
 
 @dataclass
@@ -77,6 +77,9 @@ class OnHost:
         if self.parts is None:
             self._put(start, count, index, delta)
             return
+        if index is None:
+            index = np.flatnonzero(delta)  # in a block that mostly changed, the rest of it is zeros
+            delta = delta[index]
         self.parts.append((start, count, index, delta))
         self.entries += len(delta)
         if self.entries > self.limit:
@@ -146,8 +149,8 @@ class OnHost:
         return Found(singular.of_gram(self.gram, self.seen), energy)
 
     def _of_entries(self, parts: Parts) -> Found:
-        parts = parts or [(0, 0, None, np.zeros(0))]
-        where = np.concatenate([start + (np.arange(count) if index is None else index) for start, count, index, _ in parts])
+        parts = parts or [(0, 0, np.zeros(0, np.int64), np.zeros(0))]
+        where = np.concatenate([start + index for start, _, index, _ in parts])
         values = np.concatenate([delta for *_, delta in parts])
         if self.ranged:
             return _scaled(lambda scaled: self.of_entries(where, scaled, self.shape), values)

@@ -28,7 +28,8 @@ def definitions(spectrum: Spectrum, shape: tuple[int, int], energy: float, expon
 
     `spectrum` and `energy` are those of the matrix times 2^−`exponent`.
 
-    A sketch knows its leading singular values only: what cannot be told from those is null.
+    A sketch knows its leading singular values only, and those within `sigma_error`: counts that cannot be told from them are
+    null, energy ranks are upper bounds, stable rank is too large and top-1 share too small by what σ₁ is off.
 
     >>> from paramdiff import singular
     >>> found = definitions(singular.of_matrix(np.diag([3.0, 4.0])), (2, 2), 25.0)
@@ -44,13 +45,13 @@ def definitions(spectrum: Spectrum, shape: tuple[int, int], energy: float, expon
     cut = numeric_cut(first, shape)
     row["numeric_rank"] = int(np.count_nonzero(sigma > cut)) if whole else None
     for name, share in CUTS.items():
-        row[name] = _count_above(sigma, share * first, whole)
+        row[name] = _count_above(spectrum, share * first)
     squares = np.cumsum(sigma**2)
     for name, share in ENERGIES.items():
         row[name] = _energy_rank(squares, share, float(squares[-1]) if whole else energy)
     for name in ("numeric_rank", *ENERGIES):
         row[f"{name}_percent"] = None if row[name] is None else 100 * row[name] / full
-    row["stable_rank"] = energy / first**2
+    row["stable_rank"] = max(1.0, energy / first**2)
     row["entropy_rank"] = entropy_rank(sigma) if whole else None
     row |= {"sigma_1": _ldexp(first, exponent), "frobenius": _ldexp(frobenius, exponent)}
     row["top1_share"] = min(1.0, first / frobenius)
@@ -75,9 +76,11 @@ def _zero() -> dict[str, Any]:
     return zeros | {"top1_share": None, "energy_error": None, "rank_uncertain": False, "note": None}
 
 
-def _count_above(sigma: np.ndarray[Any, Any], cut: float, whole: bool) -> int | None:
-    above = int(np.count_nonzero(sigma > cut))
-    return above if whole or above < len(sigma) else None  # a sketch whose last value is still above does not know
+def _count_above(spectrum: Spectrum, cut: float) -> int | None:
+    above = int(np.count_nonzero(spectrum.sigma > cut))
+    if spectrum.method == "sketch" and (above == len(spectrum.sigma) or spectrum.uncertain_at(cut)):
+        return None
+    return above
 
 
 def _energy_rank(squares: np.ndarray[Any, Any], share: float, total: float) -> int | None:

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.linalg import LinAlgError
 
-from paramdiff import names
 from paramdiff.arrays import Arrays
 from paramdiff.columns import TABLES
-from paramdiff.machine import memory
 from paramdiff.measures.accumulator import Accumulator
 from paramdiff.measures.block import PairBlock
-from paramdiff.measures.gathering import Found, Gathering, gather
+from paramdiff.measures.gathering import FEW, Found, Gathering, gather
+from paramdiff.measures.matrices import identities, refused, why_not
 from paramdiff.measures.options import Options
 from paramdiff.measures.ranks import definitions
 from paramdiff.pairing import Aligned
@@ -40,7 +39,7 @@ class _State:
 def update(acc: Accumulator, block: PairBlock, options: Options) -> None:
     """Take in one block. Blocks come in order and may begin and end amid a matrix."""
     tensor = block.tensor
-    if not tensor.is_matrix or tensor.duplicate_of or _too_large(tensor):
+    if refused(acc, tensor, scratch(tensor, options)):
         return
     if acc.state is None:
         acc.state = _State()
@@ -108,40 +107,33 @@ def tables(acc: Accumulator, tensor: Aligned) -> dict[str, list[dict[str, Any]]]
     """Rows of `ranks.parquet`, one per matrix, and of `spectra.parquet`, one per singular value."""
     ranks: list[dict[str, Any]] = []
     spectra: list[dict[str, Any]] = []
-    if not tensor.is_matrix:
-        return {"ranks": ranks, "spectra": spectra}
-    place = names.place(tensor.name)
-    count, rows, cols = tensor.matrices
-    found: list[Found] = acc.results.get("found") or [Found(note=_why_none(tensor))] * max(count, 1)
-    for number, one in enumerate(found):
-        expert = number if tensor.is_stack else place.expert
-        row = dict.fromkeys(_COLUMNS) | {"layer": place.layer, "module": place.module, "kind": place.kind}
-        row |= {"expert": expert, "rows": rows, "cols": cols, "note": one.note}
+    found: list[Found] = acc.results.get("found", [])
+    for number, identity in enumerate(identities(tensor)):
+        one = found[number] if found else Found(note=why_not(tensor) or acc.results.get("note"))
+        row = dict.fromkeys(_COLUMNS) | identity | {"note": one.note}
         if one.spectrum is not None:
-            row |= definitions(one.spectrum, (rows, cols), one.energy, one.exponent)
+            row |= definitions(one.spectrum, (identity["rows"], identity["cols"]), one.energy, one.exponent)
             with np.errstate(over="ignore", under="ignore"):
                 sigma = np.ldexp(one.spectrum.sigma, one.exponent)
-            spectra.append({"expert": expert, "index": np.arange(1, len(sigma) + 1), "sigma": sigma})
+            spectra.append({"expert": identity["expert"], "index": np.arange(1, len(sigma) + 1), "sigma": sigma})
         ranks.append(row)
     return {"ranks": ranks, "spectra": spectra}
 
 
-def scratch(tensor: Aligned) -> int:
+def scratch(tensor: Aligned, options: Options) -> int:
     """Bytes that one worker needs at most while it works on a tensor (see `gathering`)."""
-    if not tensor.is_matrix or tensor.duplicate_of:
+    if why_not(tensor):
         return 0
     _, rows, cols = tensor.matrices
-    kept = rows * cols * (8 if tensor.compute == "f64" else 4) if rows < cols or tensor.compute == "f64" else 8 * cols**2
-    return kept + 16 * min(rows, cols) ** 2
+    size, square = rows * cols, min(rows, cols) ** 2
+    entries = int(100 * FEW * size)  # as a list, as arrays, as a sparse matrix
+    if tensor.compute == "f64":
+        return 24 * size + 16 * square
+    if options.method == "sketch":
+        return max(entries, 12 * size)
+    return max(entries, 8 * size if rows < cols else 8 * square) + 16 * square
 
 
-def _too_large(tensor: Aligned) -> bool:
-    return scratch(tensor) > memory()
-
-
-def _why_none(tensor: Aligned) -> str:
-    if tensor.duplicate_of:
-        return f"tied to {tensor.duplicate_of}, whose spectrum is its own"
-    if not tensor.numel:
-        return "no elements"
-    return f"needs {scratch(tensor) / 1e9:.0f} GB of memory"
+def on_cpu(options: Options) -> bool:
+    """A sketch is made on the CPU, whatever the device."""
+    return options.method == "sketch"

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.linalg import LinAlgError
 
-from paramdiff import names, subspaces
+from paramdiff import subspaces
 from paramdiff.arrays import Arrays, numpy_arrays
 from paramdiff.columns import TABLES
-from paramdiff.machine import memory
 from paramdiff.measures.accumulator import Accumulator
 from paramdiff.measures.block import PairBlock
 from paramdiff.measures.change import round_to_bf16
+from paramdiff.measures.matrices import identities, refused, why_not
 from paramdiff.measures.options import Options
 from paramdiff.pairing import Aligned
 
@@ -38,7 +38,7 @@ class _State:
 def update(acc: Accumulator, block: PairBlock, options: Options) -> None:
     """Keep the elements of one block. Blocks come in order and may begin and end amid a matrix."""
     tensor = block.tensor
-    if not tensor.is_matrix or tensor.duplicate_of or scratch(tensor) > memory():
+    if refused(acc, tensor, scratch(tensor, options)):
         return
     _, rows, cols = tensor.matrices
     size = rows * cols
@@ -60,7 +60,6 @@ def update(acc: Accumulator, block: PairBlock, options: Options) -> None:
                     state.sides[0].reshape(rows, cols),
                     state.sides[1].reshape(rows, cols),
                     options,
-                    whole_numbers=tensor.compute == "i64",
                 )
             )
             state.seen = 0
@@ -73,15 +72,13 @@ def finish(acc: Accumulator, tensor: Aligned, options: Options, x: Arrays) -> No
         acc.state = None
 
 
-def _rows(base: Any, tuned: Any, options: Options, *, whole_numbers: bool) -> list[dict[str, Any]]:
+def _rows(base: Any, tuned: Any, options: Options) -> list[dict[str, Any]]:
     """One row for each k; `angles` and `sigma` in it become rows of further tables."""
     blank = {"alpha": options.alpha, "chance": options.alpha}
     if not (np.isfinite(base).all() and np.isfinite(tuned).all()):
         return [blank | {"k": k, "note": "holds NaN or infinite elements"} for k in options.ks]
 
     def changed(rows: slice) -> Any:
-        if whole_numbers:  # which no export rounds
-            return base[rows] != tuned[rows]
         return _in_bf16(base[rows]) != _in_bf16(tuned[rows])
 
     count = sum(int(np.count_nonzero(changed(slice(at, at + 1024)))) for at in range(0, len(base), 1024))
@@ -95,7 +92,7 @@ def _rows(base: Any, tuned: Any, options: Options, *, whole_numbers: bool) -> li
         return [blank | {"k": k, "note": str(error) or "out of memory"} for k in options.ks]
     shift, moved = np.linalg.norm(after.sigma - before.sigma), _distance(*scaled)
     common: dict[str, Any] = blank | {
-        "changed": count,
+        "changed_bf16": count,
         "nss": subspaces.drift(before.sigma, after.sigma),
         "largest_sigma_shift": float(np.ldexp(np.abs(after.sigma - before.sigma).max(), exponent)),
         "sigma_shift_share": float(shift / moved) if moved else None,
@@ -151,37 +148,31 @@ def columns(acc: Accumulator, tensor: Aligned, options: Options) -> dict[str, An
 def tables(acc: Accumulator, tensor: Aligned) -> dict[str, list[dict[str, Any]]]:
     """Rows of `subspaces.parquet` (matrix × k), `angles.parquet` and `weight_spectra.parquet`."""
     made: dict[str, list[dict[str, Any]]] = {"subspaces": [], "angles": [], "weight_spectra": []}
-    if not tensor.is_matrix:
-        return made
-    place = names.place(tensor.name)
-    count, rows, cols = tensor.matrices
-    for number, of_matrix in enumerate(acc.results.get("found") or [[{"note": _why_none(tensor)}]] * max(count, 1)):
-        expert = number if tensor.is_stack else place.expert
-        for found in of_matrix:
-            where = {"layer": place.layer, "module": place.module, "kind": place.kind, "expert": expert}
-            row = dict.fromkeys(_COLUMNS) | where | {"rows": rows, "cols": cols}
-            made["subspaces"].append(row | {key: value for key, value in found.items() if key in _COLUMNS})
-            for side, turned in found.get("angles", {}).items():
+    found: list[list[dict[str, Any]]] = acc.results.get("found", [])
+    for number, identity in enumerate(identities(tensor)):
+        of_matrix: list[dict[str, Any]] = found[number] if found else [{"note": why_not(tensor) or acc.results.get("note")}]
+        expert = {"expert": identity["expert"]}
+        for one in of_matrix:
+            known = {key: value for key, value in one.items() if key in _COLUMNS}
+            made["subspaces"].append(dict.fromkeys(_COLUMNS) | identity | known)
+            for side, turned in one.get("angles", {}).items():
                 index = np.arange(1, len(turned) + 1)
-                made["angles"].append(
-                    {"expert": expert, "k": found["k"], "side": side, "index": index, "degrees": np.degrees(turned)}
-                )
+                made["angles"].append(expert | {"k": one["k"], "side": side, "index": index, "degrees": np.degrees(turned)})
         if "sigma" in of_matrix[0]:
             before, after = of_matrix[0]["sigma"]
             index = np.arange(1, len(before) + 1)
-            made["weight_spectra"].append({"expert": expert, "index": index, "sigma_base": before, "sigma_tuned": after})
+            made["weight_spectra"].append(expert | {"index": index, "sigma_base": before, "sigma_tuned": after})
     return made
 
 
-def scratch(tensor: Aligned) -> int:
+def scratch(tensor: Aligned, options: Options) -> int:
     """Bytes that one worker needs at most: both sides, float64 ones scaled as well, and two or three Gram matrices."""
-    if not tensor.is_matrix or tensor.duplicate_of:
+    if why_not(tensor):
         return 0
     _, rows, cols = tensor.matrices
     return rows * cols * (8 if tensor.compute == "f32" else 32) + 24 * min(rows, cols) ** 2
 
 
-def _why_none(tensor: Aligned) -> str:
-    if tensor.duplicate_of:
-        return f"tied to {tensor.duplicate_of}, which has a row of its own"
-    return f"needs {scratch(tensor) / 1e9:.0f} GB of memory" if tensor.numel else "no elements"
+def on_cpu(options: Options) -> bool:
+    """The linear algebra is done on the CPU, whatever the device."""
+    return True
