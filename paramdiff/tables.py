@@ -133,7 +133,7 @@ def pooled_ranks(group: pl.DataFrame) -> dict[str, Any]:
     row["numeric_rank_percent_mean"] = None if each.null_count() else each.mean()
     row["numeric_rank_percent_min"] = None if each.null_count() else each.min()
     for name in ("stable_rank", "entropy_rank", "top1_share"):
-        row[f"{name}_median"] = changed[name].median()
+        row[f"{name}_median"] = None if changed[name].null_count() else changed[name].median()
     row["sigma_1_max"] = known["sigma_1"].max()
     row["energy_error_max"] = known["energy_error"].max()
     row["uncertain"] = int(known["rank_uncertain"].sum())

@@ -170,6 +170,7 @@ def graph(a: Matrix) -> Any:
 # Every route
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [*BELOW, *ABOVE], ids=str)
 def test_every_kind_of_matrix(kind: str, shape: tuple[int, int]) -> None:

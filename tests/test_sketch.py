@@ -23,6 +23,7 @@ Matrix = np.ndarray[Any, Any]
 Row = dict[str, Any]
 
 DATA = Path(__file__).parent.parent / "sample_data"
+pytestmark = pytest.mark.slow
 MEASURED = ["change", "spectrum"]
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 UNKNOWN = ("numeric_rank", "numeric_rank_percent", "entropy_rank", "energy_error", "rank_uncertain")

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    ref: Annotated[str, typer.Argument(help="A checkpoint: a directory or a .safetensors file.", metavar="REF")],
+    ref: Annotated[
+        str, typer.Argument(help="A checkpoint: a directory, or a .safetensors, .bin or .pt file.", metavar="REF")
+    ],
     include: options.Include = None,
     json: options.Json = False,
 ) -> None:

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-Base = Annotated[str, typer.Argument(help="Checkpoint before training: a directory or a .safetensors file.", metavar="BASE")]
+Base = Annotated[
+    str, typer.Argument(help="Checkpoint before training: a directory, or a .safetensors, .bin or .pt file.", metavar="BASE")
+]
 Tuned = Annotated[str, typer.Argument(help="Checkpoint after training.", metavar="TUNED")]
 Tol = Annotated[
     list[float] | None,

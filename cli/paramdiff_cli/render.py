@@ -68,6 +68,14 @@ def show(console: Console, diff: Diff) -> None:
     for key in keys:
         console.print(f"\n[bold]By {key}[/bold]")
         console.print(rolled_up(diff, key))
+    if "ranks" in diff.tables:
+        from paramdiff_cli import render_ranks
+
+        render_ranks.show(console, diff)
+    if "subspaces" in diff.tables:
+        from paramdiff_cli import render_subspaces
+
+        render_subspaces.show(console, diff)
     for line in coverage(diff):
         console.print(line, soft_wrap=True)
     console.print(cost(diff), soft_wrap=True)

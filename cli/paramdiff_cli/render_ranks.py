@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from paramdiff import Diff
 
+NARROW = 120  # columns of a terminal; below it the tables leave some of theirs out
 SUSPECT = 1e-5  # energy_error beyond which something is wrong
 DEFINITIONS = (
     ("numeric_rank", "numeric rank, σ > σ₁·max(m,n)·2⁻²³"),
@@ -39,7 +40,7 @@ def show(console: Console, diff: Diff) -> None:
     console.print(_one_direction(total), soft_wrap=True)
     for key in ["module", "layer"] if diff.ranks["layer"].drop_nulls().len() else ["module"]:
         console.print(f"\n[bold]Ranks by {key}, in % of full rank[/bold]")
-        console.print(_rolled_up(diff, key))
+        console.print(_rolled_up(diff, key, narrow=console.width < NARROW))
 
 
 def _remarks(diff: Diff, total: dict[str, Any]) -> list[Text]:
@@ -77,8 +78,9 @@ def _listed(names: list[str], note: str) -> Text:
 
 def _label(row: dict[str, Any]) -> str:
     """The name of a matrix, with the number of the expert where the name does not hold it."""
-    in_stack = row["expert"] is not None and f"experts.{row['expert']}." not in row["name"]
-    return str(row["name"])[:LONGEST] + (f" (expert {row['expert']})" if in_stack else "")
+    in_stack = row["expert"] is not None and f"experts.{row['expert']}." not in row["name"] + "."
+    cut = "…" if len(row["name"]) > LONGEST else ""
+    return str(row["name"])[:LONGEST] + cut + (f" (expert {row['expert']})" if in_stack else "")
 
 
 def _overall(total: dict[str, Any]) -> Table:
@@ -96,9 +98,12 @@ def _one_direction(total: dict[str, Any]) -> Text:
     return Text(" · ".join(parts))
 
 
-def _rolled_up(diff: Diff, key: str) -> Table:
+def _rolled_up(diff: Diff, key: str, *, narrow: bool) -> Table:
     heads = [key, "matrices", "numeric", "lowest", "σ>σ₁/1000", "σ>σ₁/100", "99 %", "95 %", "90 %"]
-    table = make_table([*heads, "stable", "entropy", "σ₁/‖Δ‖_F", "largest σ₁"])
+    heads += ["stable", "entropy", "σ₁/‖Δ‖_F", "largest σ₁"]
+    shown = [heads.index(head) for head in (key, "matrices", "numeric", "σ>σ₁/100", "99 %", "90 %", "stable")]
+    shown = shown if narrow else list(range(len(heads)))
+    table = make_table([heads[column] for column in shown])
     rows = diff.ranks_by(key).to_dicts()
     if key == "module":
         by_kind(rows, diff.ranks)
@@ -109,9 +114,9 @@ def _rolled_up(diff: Diff, key: str) -> Table:
         cells = [_percent(row["numeric_rank_percent"]), _percent(row["numeric_rank_percent_min"])]
         cells += [_percent(row[f"{name}_percent"]) for name, _ in DEFINITIONS[1:]]
         cells += [number(row[f"{name}_median"]) for name in ("stable_rank", "entropy_rank", "top1_share")]
-        table.add_row(
-            plain(label[:LONGEST]), str(row["matrices"] - row["without_spectrum"]), *cells, number(row["sigma_1_max"])
-        )
+        known = str(row["matrices"] - row["without_spectrum"])
+        line: list[str | Text] = [plain(label[:LONGEST]), known, *cells, number(row["sigma_1_max"])]
+        table.add_row(*(line[column] for column in shown))
     return table
 
 
@@ -125,7 +130,8 @@ def every_matrix(diff: Diff) -> Table:
         if row["rank_uncertain"]:
             counts[0] += " ?"
         rest = [number(row[key]) for key in ("stable_rank", "entropy_rank", "sigma_1", "top1_share")]
-        table.add_row(plain(name), f"{row['rows']:,} × {row['cols']:,}", *counts, *rest, row["method"] or "–")
+        shape = "–" if row["rows"] is None else f"{row['rows']:,} × {row['cols']:,}"
+        table.add_row(plain(name), shape, *counts, *rest, row["method"] or "–")
     return table
 
 

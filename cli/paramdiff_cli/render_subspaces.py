@@ -23,16 +23,23 @@ def show(console: Console, diff: Diff) -> None:
     for line in render_ranks.notes(diff.subspaces.unique(["name", "expert", "note"], maintain_order=True)):
         console.print(line, soft_wrap=True)
     chance = render.percent(diff.run["options"]["alpha"])
-    for key in ("module", "layer"):
-        for k in sorted(set(diff.subspaces.filter(diff.subspaces["angle_u_max"].is_not_null())["k"])):
+    known = sorted(set(diff.subspaces.filter(diff.subspaces["angle_u_max"].is_not_null())["k"]))
+    if not known:
+        return
+    for key in ["module", "layer"] if diff.subspaces["layer"].drop_nulls().len() else ["module"]:
+        for k in known:
             console.print(f"\n[bold]The {k} leading directions, by {key}[/bold]")
-            console.print(_table(diff, key, k))
+            console.print(_table(diff, key, k, narrow=console.width < render_ranks.NARROW))
     console.print(
-        f"changed elements (after rounding to bf16) on principal and on low-magnitude weights; chance gives {chance}"
+        "θ_max: largest angle between the leading directions before and after, median over matrices; overlap: mean cos² of"
     )
+    console.print(
+        "the angles; NSS: ‖σ₊ − σ₀‖/‖σ₀‖; principal, low: changed elements (after rounding to bf16) on principal and on"
+    )
+    console.print(f"low-magnitude weights, where chance gives {chance}")
 
 
-def _table(diff: Diff, key: str, k: int) -> Table:
+def _table(diff: Diff, key: str, k: int, *, narrow: bool) -> Table:
     """One row per module or layer."""
     heads = [
         key,
@@ -47,7 +54,8 @@ def _table(diff: Diff, key: str, k: int) -> Table:
         "principal",
         "low",
     ]
-    table = render.make_table(heads)
+    shown = [0, 1, 2, 3, 8, 9, 10] if narrow else list(range(len(heads)))
+    table = render.make_table([heads[column] for column in shown])
     rows: list[dict[str, Any]] = [row for row in diff.subspaces_by(key).to_dicts() if row["k"] == k]
     if key == "module":
         render.by_kind(rows, diff.subspaces)
@@ -62,7 +70,8 @@ def _table(diff: Diff, key: str, k: int) -> Table:
             render.percent(row["principal_overlap"]),
             render.percent(row["low_overlap"]),
         ]
-        table.add_row(render.plain(label[: render.LONGEST]), str(row["matrices"] - row["left_out"]), *cells)
+        line: list[Any] = [render.plain(label[: render.LONGEST]), str(row["matrices"] - row["left_out"]), *cells]
+        table.add_row(*(line[column] for column in shown))
     return table
 
 

@@ -56,14 +56,5 @@ def sparsity(
 
         console = sink.console()
         render.show(console, diff)
-        if "ranks" in diff.tables:
-            from paramdiff_cli import render_ranks
-
-            console.print()
-            render_ranks.show(console, diff)
-        if "subspaces" in diff.tables:
-            from paramdiff_cli import render_subspaces
-
-            render_subspaces.show(console, diff)
         if out is not None:
             console.print(render.plain(f"Tables written to {out}"), soft_wrap=True)

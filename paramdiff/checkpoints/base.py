@@ -85,6 +85,12 @@ class Located:
     warnings: list[str] = field(default_factory=list)
 
 
+def check_name(name: str, path: str) -> None:
+    """Raise `BrokenFile` for a name that no output could hold."""
+    if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
+        raise BrokenFile(f"A tensor's name in {path} is no valid Unicode: {name!r}.")
+
+
 def strays_of(shard_of: Mapping[str, str] | None, path: str, names: Iterable[str], warnings: list[str]) -> set[str]:
     """The tensors of a shard that the index takes from elsewhere or not at all; said in `warnings`."""
     strays = [name for name in names if shard_of is not None and shard_of.get(name) != path]

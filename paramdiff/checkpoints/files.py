@@ -35,8 +35,8 @@ class Files:
         """Up to `length` bytes, fewer at the end of the file. Raises `BrokenFile`."""
         try:
             return os.pread(self._fds[file], length, position)
-        except OSError as error:
-            raise BrokenFile(f"Cannot read {self.paths[file]}: {error.strerror}.") from error
+        except (OSError, OverflowError) as error:  # the latter: a position beyond any file
+            raise BrokenFile(f"Cannot read {self.paths[file]}: {getattr(error, 'strerror', error)}.") from error
 
     def read_into(self, file: int, position: int, buffer: memoryview, name: str) -> None:
         """Fill `buffer` for tensor `name`. Raises `BrokenFile`, or `ChangedWhileReading` where the file ends early."""

@@ -11,10 +11,14 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 LONGEST_LINE = 1 << 20  # of the numbers and names that old protocols write as text
+LONGEST_KEY = 16  # elements of a tuple that is a key
+BUDGET = 1_000_000  # elements that all calls of a pickle may take
+MAX_RANK = 64  # dimensions
 MAX_BYTES = 512_000_000  # of a pickle; those of models of 10¹² parameters stay far below
 
 STORAGES = {
@@ -32,6 +36,7 @@ FRAMEWORKS = (
     "torch", "deepspeed", "transformers", "accelerate", "megatron", "numpy", "trl", "peft", "verl", "lightning",
     "pytorch_lightning", "omegaconf", "pathlib", "argparse", "datetime", "typing", "functools", "enum", "bitsandbytes",
 )  # fmt: skip
+PLAIN_TENSORS = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch.nn.Buffer"}
 PLAIN = {"set": set, "frozenset": frozenset, "complex": complex, "dict": dict}
 
 
@@ -64,6 +69,7 @@ class Opaque:
     state: Any = None
     items: list[Any] = field(default_factory=list)
     entries: dict[Any, Any] = field(default_factory=dict)
+    holds_tensor: bool = False
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.entries[key] = value
@@ -79,10 +85,15 @@ class Refused(ValueError):
     """The pickle names something that no checkpoint needs; the message says what."""
 
 
+class Unsupported(ValueError):
+    """The pickle holds tensors of a kind that is not read; the message says which."""
+
+
 def load(data: bytes) -> Any:
     """The object in a pickle, made of plain values, `StoredTensor` and `Opaque`.
 
-    Raises `Refused` for a global that is neither known nor of a known framework, `ValueError` for a broken pickle.
+    Raises `Refused` for a global that is neither known nor of a known framework, `Unsupported` for kinds of tensors that
+    are not read, `ValueError` for a broken pickle.
     """
     return Reader(io.BytesIO(data), len(data)).load()
 
@@ -103,26 +114,84 @@ class Bounded:
 
 
 class Reader(pickle._Unpickler):
-    """Python's own unpickler in Python: the one in C lets a pickle of ten bytes allocate gigabytes for its memo."""
+    """Python's own unpickler in Python: the one in C lets a pickle of ten bytes allocate gigabytes for its memo.
+
+    What makes objects is written anew here, so that nothing but values can be made, nothing but an `Opaque` is written to,
+    and no short pickle unfolds into much: keys are simple, and calls take `BUDGET` elements in all.
+    """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     read: Any
     append: Any
     stack: Any
+    pop_mark: Any
 
     def __init__(self, stream: Any, end: int) -> None:
         super().__init__(Bounded(stream, end))
         self.storages: list[Storage] = []  # all that were named so far
+        self._left = BUDGET
 
-    def load_bytearray8(self) -> None:
-        """As in the standard library, but for allocating what the pickle claims before it has been read."""
-        (length,) = struct.unpack("<Q", self.read(8))
-        self.append(bytearray(self.read(length)))
+    def load(self) -> Any:
+        try:
+            return super().load()
+        except (Refused, Unsupported):
+            raise
+        except ValueError as error:
+            raise ValueError(str(error) or "broken pickle") from error
+        except Exception as error:  # a broken pickle fails in any way there is
+            raise ValueError(f"broken pickle ({type(error).__name__}: {str(error)[:100]})") from error
 
-    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+    def find_class(self, module: str, name: str) -> Any:
+        return _named(str(module), str(name))
+
+    def persistent_load(self, pid: Any) -> Storage:
+        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
+            raise ValueError("a storage is described in an unknown way")
+        _, storage, key, _location, numel = pid[:5]
+        if isinstance(storage, _OpaqueType) and storage.kind.endswith("Storage"):
+            raise Unsupported(f"it holds a {storage.kind}")
+        if not (isinstance(storage, _StorageType) and isinstance(key, str) and _whole(numel)):
+            raise ValueError("a storage is described in an unknown way")
+        if len(pid) > 5 and pid[5] is not None:
+            raise ValueError("a storage is a view of another one, as torch before 0.4 wrote them")
+        self.storages.append(Storage(storage.dtype, key, numel))
+        return self.storages[-1]
+
+    def _call(self, made_by: Any, args: Any) -> None:
+        if not isinstance(args, (tuple, list)):
+            raise ValueError("a call without arguments")
+        if not isinstance(made_by, _OpaqueType):  # which only keeps them
+            for arg in args:
+                self._left -= len(arg) if isinstance(arg, Sized) else 1
+                if self._left < 0:
+                    raise ValueError("it unfolds into too much")
+        if made_by in (set, frozenset):
+            for arg in args:
+                _simple(*arg)
+        elif made_by in (dict, OrderedDict):
+            for arg in args:
+                _simple(*(arg if isinstance(arg, dict) else [pair[0] for pair in arg]))
+        elif not isinstance(made_by, (_OpaqueType, _Call)) and made_by is not complex:
+            raise ValueError(f"it calls a {type(made_by).__name__}")
+        self.append(made_by(*args))
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        self._call(self.stack.pop(), args)
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.NEWOBJ[0]] = load_reduce
+
+    def load_newobj_ex(self) -> None:
+        self.stack.pop()  # keywords, of which no checkpoint's values have any
+        self.load_reduce()
+
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
+
+    def _instantiate(self, made_by: Any, args: Any) -> None:  # of old protocols
+        self._call(made_by, args)
 
     def load_build(self) -> None:
-        """Give an object its state: only those without behaviour get one, so that nothing else can be rewritten."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Opaque):
             self.stack[-1].state = state
@@ -131,30 +200,63 @@ class Reader(pickle._Unpickler):
 
     dispatch[pickle.BUILD[0]] = load_build
 
-    def find_class(self, module: str, name: str) -> Any:
-        return _named(str(module), str(name))
+    def _set_items(self, target: Any, items: list[Any]) -> None:
+        if not isinstance(target, (dict, Opaque)):
+            raise ValueError(f"it sets items of a {type(target).__name__}")
+        _simple(*items[::2])
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[key] = value
 
-    def persistent_load(self, pid: Any) -> Storage:
-        try:
-            kind, storage, key, _location, numel = pid[:5]
-        except (TypeError, ValueError) as error:
-            raise ValueError("a storage is described in an unknown way") from error
-        if kind != "storage" or not isinstance(numel, int) or not isinstance(storage, _StorageType):
-            raise ValueError("a storage is described in an unknown way")
-        if len(pid) > 5 and pid[5] is not None:
-            raise ValueError("a storage is a view of another one, as torch before 0.4 wrote them")
-        self.storages.append(Storage(storage.dtype, str(key), numel))
-        return self.storages[-1]
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items(self.stack[-1], [key, value])
 
-    def load(self) -> Any:
-        try:
-            return super().load()
-        except Refused:
-            raise
-        except ValueError as error:
-            raise ValueError(str(error) or "broken pickle") from error
-        except Exception as error:  # a broken pickle fails in any way there is
-            raise ValueError(f"broken pickle ({type(error).__name__}: {str(error)[:100]})") from error
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._set_items(self.stack[-1], items)
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def load_dict(self) -> None:
+        made: dict[Any, Any] = {}
+        self._set_items(made, self.pop_mark())
+        self.append(made)
+
+    dispatch[pickle.DICT[0]] = load_dict
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        if not isinstance(self.stack[-1], set):
+            raise ValueError(f"it adds items to a {type(self.stack[-1]).__name__}")
+        _simple(*items)
+        self.stack[-1].update(items)
+
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+
+    def load_frozenset(self) -> None:
+        items = self.pop_mark()
+        _simple(*items)
+        self.append(frozenset(items))
+
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
+
+    def load_bytearray8(self) -> None:
+        """As in the standard library, but for allocating what the pickle claims before it has been read."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+
+def _simple(*keys: Any, deep: int = 2) -> None:
+    """Raise `ValueError` for keys that could take long to hash: a tuple that holds itself forty times over does."""
+    for key in keys:
+        if isinstance(key, tuple) and deep and len(key) <= LONGEST_KEY:
+            _simple(*key, deep=deep - 1)
+        elif not (key is None or isinstance(key, (str, bytes, int, float, complex, Opaque, _DtypeName))):
+            raise ValueError(f"a {type(key).__name__} is used as a key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +286,6 @@ class _OpaqueType:
     def __call__(self, *args: Any, **kwargs: Any) -> Opaque:
         return Opaque(self.kind, args)
 
-    def __getattr__(self, name: str) -> Any:
-        # Enumerations and nested classes are looked up as attributes, by getattr in old protocols.
-        raise AttributeError(name)
-
 
 def _named(module: str, name: str) -> Any:
     if (module, name) == ("collections", "OrderedDict"):
@@ -201,6 +299,8 @@ def _named(module: str, name: str) -> Any:
         return _Call(f"{module}.{name}")
     if module in ("torch", "torch.storage", "torch.cuda") and name in STORAGES:
         return _StorageType(STORAGES[name])
+    if module == "collections" and name in ("Counter", "defaultdict", "deque"):
+        return _OpaqueType(f"collections.{name}")
     if module == "torch" and name in TORCH_DTYPES:
         return _DtypeName(TORCH_DTYPES[name])
     if module.split(".")[0] in FRAMEWORKS or (module in ("builtins", "__builtin__") and name == "getattr"):
@@ -208,18 +308,23 @@ def _named(module: str, name: str) -> Any:
     raise Refused(f"it names {module}.{name}, which no checkpoint needs and which is not executed")
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
-    if not (
-        isinstance(storage, Storage) and all(_whole(n) for n in (offset, *shape, *stride)) and len(shape) == len(stride)
-    ):
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> StoredTensor:
+    if not (isinstance(storage, Storage) and all(isinstance(n, (tuple, list)) for n in (shape, stride)) and _whole(offset)):
         raise ValueError("a tensor is described in an unknown way")
+    if len(shape) != len(stride) or len(shape) >= MAX_RANK or not all(_whole(n) for n in (*shape, *stride)):
+        raise ValueError("a tensor's shape or stride is none")
+    for flags in rest:  # requires_grad, hooks, and what else it is
+        if isinstance(flags, dict) and (flags.get("conj") or flags.get("neg")):
+            raise Unsupported("it holds a tensor stored as its conjugate or negative")
     return StoredTensor(storage, offset, tuple(shape), tuple(stride), storage.dtype)
 
 
 def _tensor_v3(
-    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *rest: Any
 ) -> StoredTensor:
-    found = _tensor(storage, offset, shape, stride)
+    found = _tensor(storage, offset, shape, stride, *rest)
+    if isinstance(dtype, _OpaqueType):
+        raise Unsupported(f"it holds a tensor of type {dtype.kind}")
     if not isinstance(dtype, _DtypeName):
         raise ValueError("a tensor has an unknown element type")
     found.dtype = dtype.dtype
@@ -235,22 +340,24 @@ def _same(value: Any, *_: Any) -> Any:
 
 
 def _typed(function: Any, kind: Any, args: Any, state: Any) -> Any:
-    """A tensor subclass: made as its base is, then given a state. Without one it is a plain tensor."""
-    made = function(*args)
-    plain = state is None or (
-        isinstance(state, (dict, tuple)) and not any(state.values() if isinstance(state, dict) else state)
-    )
-    return made if isinstance(made, StoredTensor) and plain else Opaque(getattr(kind, "kind", "tensor"), (made,), state)
+    """A tensor with attributes, which say nothing of its values, or of a subclass, whose state may: that one is opaque."""
+    made = function(*args) if isinstance(function, (_Call, _OpaqueType)) and isinstance(args, tuple) else None
+    name = getattr(kind, "kind", "a tensor subclass")
+    if isinstance(made, StoredTensor) and name in PLAIN_TENSORS:
+        return made
+    return Opaque(name, (made,), state, holds_tensor=True)
 
 
 def _encode(text: Any, _encoding: Any = "latin1") -> bytes:
-    return str(text).encode("latin1")
+    if not isinstance(text, str):
+        raise ValueError("bytes are described in an unknown way")
+    return text.encode("latin1")
 
 
 def _bytes(value: Any = b"", encoding: Any = "latin1") -> bytes:
     if isinstance(value, str):
         return _encode(value, encoding)
-    if not isinstance(value, (bytes, bytearray, list)):  # a number would make as many zeros
+    if not isinstance(value, (bytes, bytearray, list, tuple)):  # a number would make as many zeros
         raise ValueError("bytes are described in an unknown way")
     return bytes(value)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from paramdiff.checkpoints.base import Located, TensorInfo, check_index, strays_of
+from paramdiff.checkpoints.base import Located, TensorInfo, check_index, check_name, strays_of
 from paramdiff.checkpoints.files import Files
 from paramdiff.dtypes import DTYPES
 from paramdiff.errors import BrokenFile
@@ -128,8 +128,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _entry(name: str, value: Any, data_bytes: int, path: str) -> tuple[TensorInfo, int, int]:
-    if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
-        raise BrokenFile(f"A tensor's name in {path} is no valid Unicode: {name!r}.")
+    check_name(name, path)
     try:
         dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
 import zipfile
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from paramdiff.checkpoints import pickles
-from paramdiff.checkpoints.base import Located, TensorInfo, check_index, strays_of
+from paramdiff.checkpoints.base import Located, TensorInfo, check_index, check_name, strays_of
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pickles import Opaque, StoredTensor
 from paramdiff.dtypes import DTYPES
@@ -25,7 +27,9 @@ from paramdiff.errors import BrokenFile, CheckpointError, UnsupportedFormat
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins the pickle stream of torch before 1.6
 NESTS = ("state_dict", "model_state_dict", "model", "module", "model_weights", "weights", "params", "net", "policy")
-NOT_WEIGHTS = ("optim", "sched", "scaler", "rng", "ema", "args", "hyper", "loops", "callbacks")
+NOT_WEIGHTS = re.compile(
+    r"(^|_|\b)(optim\w*|(lr_)?sched\w*|scaler|rng\w*|ema|args|hyper\w*|loops|callbacks)($|_|\b)", re.IGNORECASE
+)
 DEEPEST = 3  # mappings within mappings in which weights are looked for
 
 
@@ -82,6 +86,7 @@ class TorchCheckpoint:
         if entry.stride is None:
             self._files.read_into(entry.file, entry.start + offset, buffer, name)
             return
+        self.verify()  # a file cut short under a memory map would end the process
         size = entry.info.type.bits // 8
         whole = np.memmap(self._files.paths[entry.file], mode="r")[entry.start :]
         strides = tuple(size * step for step in entry.stride)
@@ -112,28 +117,36 @@ def read_file(files: Files, file: int) -> tuple[Any, dict[str, tuple[int, int]]]
     try:
         if begin[:2] == b"PK":
             return _read_zip(path, files, file)
-        if begin[:2] == b"\x80\x02":
+        if begin[:1] == b"\x80":  # a pickle, of protocol 2 or later
             return _read_legacy(path, files.size(file))
     except pickles.Refused as error:
         raise UnsupportedFormat(f"{path} is not read: {error}.", hint="Export the weights as safetensors.") from error
-    except (ValueError, zipfile.BadZipFile, struct.error, EOFError, NotImplementedError) as error:
+    except pickles.Unsupported as error:
+        raise UnsupportedFormat(f"{path} is not read: {error}.", hint="Export the weights as safetensors.") from error
+    except (ValueError, zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, OverflowError, OSError) as error:
         raise BrokenFile(f"{path} is damaged or no torch file: {str(error)[:200] or type(error).__name__}.") from error
     raise BrokenFile(f"{path} is no file of torch.save: it begins with {begin!r}.")
 
 
 def _read_zip(path: str, files: Files, file: int) -> tuple[Any, dict[str, tuple[int, int]]]:
     with zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist()}
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise UnsupportedFormat(f"{path} is a TorchScript archive.", hint="Save its state_dict() and compare that.")
+        members: dict[str, zipfile.ZipInfo] = {}
+        for info in archive.infolist():
+            if info.filename in members:
+                raise ValueError(f"it holds {info.filename[:80]} twice")
+            members[info.filename] = info
+            if info.flag_bits & 1 or info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+                raise UnsupportedFormat(f"{path} is compressed or encrypted.", hint="Save it again with torch.save.")
         pickled = [name for name in members if name.split("/", 1)[-1] == "data.pkl"]
         if len(pickled) != 1:
             raise BrokenFile(f"{path} is a zip archive, but not one of torch.save: it holds no data.pkl.")
         root = pickled[0].removesuffix("data.pkl")
-        if f"{root}constants.pkl" in members:
-            raise UnsupportedFormat(f"{path} is a TorchScript archive.", hint="Save its state_dict() and compare that.")
         if members[pickled[0]].file_size > pickles.MAX_BYTES:
             raise BrokenFile(f"{path} has a pickle of {members[pickled[0]].file_size:,} bytes, over the limit.")
-        order = archive.read(members[f"{root}byteorder"]) if f"{root}byteorder" in members else b"little"
-        if order.strip() != b"little":
+        order = members.get(f"{root}byteorder")
+        if order is not None and archive.read(order)[:10].strip() != b"little":
             raise UnsupportedFormat(
                 f"{path} was written on a big-endian machine.", hint="Save it again on a little-endian one."
             )
@@ -141,10 +154,6 @@ def _read_zip(path: str, files: Files, file: int) -> tuple[Any, dict[str, tuple[
     storages = {}
     for name, info in members.items():
         if name.startswith(f"{root}data/"):
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise UnsupportedFormat(
-                    f"{path} is compressed, so its parts cannot be read.", hint="Save it again with torch.save."
-                )
             storages[name.removeprefix(f"{root}data/")] = _member(files, file, info), info.file_size
     return content, storages
 
@@ -173,7 +182,9 @@ def _read_legacy(path: str, size: int) -> tuple[Any, dict[str, tuple[int, int]]]
         reader = pickles.Reader(stream, size)
         content = reader.load()
         keys = pickles.Reader(stream, size).load()
-        sizes = {storage.key: DTYPES[storage.dtype].bits // 8 for storage in reader.storages if storage.dtype}
+        sizes = {s.key: DTYPES[s.dtype].bits // 8 if s.dtype else 1 for s in reader.storages}
+        if not (isinstance(keys, list) and all(isinstance(key, str) and key in sizes for key in keys)):
+            raise ValueError("its list of storages is none")
         storages = {}
         for key in keys:
             (numel,) = struct.unpack("<q", stream.read(8))
@@ -193,7 +204,7 @@ def find_weights(content: Any, path: str, key: str | None) -> tuple[dict[str, St
     """
     if isinstance(content, StoredTensor):
         content = {"tensor": content}
-    found = dict(_mappings(content, ""))
+    found = dict(_mappings(content, "", everything=key is not None))
     if key is not None:
         if key not in found:
             raise BrokenFile(f"{path} has no weights under {key!r}.", hint=f"There are: {_listed(found) or 'none at all'}.")
@@ -210,17 +221,22 @@ def find_weights(content: Any, path: str, key: str | None) -> tuple[dict[str, St
     for name, value in found[chosen].items():
         if isinstance(value, StoredTensor) and isinstance(name, str):
             weights[name] = value
-        elif isinstance(value, Opaque) and value.args and isinstance(value.args[0], StoredTensor):
+        elif isinstance(value, Opaque) and value.holds_tensor:
             raise UnsupportedFormat(
-                f"{path} holds {name!r} as a {value.kind.rpartition('.')[2] or 'tensor subclass'}, a part of a tensor or a "
-                "special kind of one, which this version does not read.",
+                f"{path} holds {_shown(name)} as a {value.kind.rpartition('.')[2]}, a part of a tensor or a special kind of "
+                "one, which this version does not read.",
                 hint="Merge the shards, or export the model as safetensors, first.",
             )
-        elif not isinstance(value, Mapping):
-            aside.append(str(name))
+        elif not isinstance(value, Mapping) or (chosen and any(_is_tensor(inner) for inner in value.values())):
+            aside.append(_shown(name))
     if aside:
-        said.append(f"{path}: {_listed(aside)} ignored; not tensors.")
+        more = f" and {len(aside) - 4} more" if len(aside) > 4 else ""
+        said.append(f"{path}: {', '.join(aside[:4])}{more} ignored; not tensors by name.")
     return weights, said
+
+
+def _shown(name: Any) -> str:
+    return repr(name)[:80] if isinstance(name, (str, int)) else f"a {type(name).__name__}"
 
 
 def _listed(names: Any) -> str:
@@ -228,21 +244,24 @@ def _listed(names: Any) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _mappings(content: Any, where: str, depth: int = 0) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Every mapping that holds tensors, by its path (`model`, `state/model`); not optimizers and the like."""
-    if not isinstance(content, Mapping) or depth > DEEPEST:
-        return
-    if any(_is_tensor(value) for value in content.values()):
-        yield where, content
-    for name, value in content.items():
-        if isinstance(name, str) and not any(word in name.lower() for word in NOT_WEIGHTS):
-            yield from _mappings(value, f"{where}/{name}" if where else name, depth + 1)
+def _mappings(content: Any, where: str, *, everything: bool, depth: int = 0) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Every mapping that holds tensors by name, by its path (`model`, `state/model`); without `everything` not optimizers
+    and the like."""
+    pending, seen = deque([(where, content, depth)]), set()
+    while pending:
+        where, content, depth = pending.popleft()
+        if not isinstance(content, Mapping) or depth > DEEPEST or id(content) in seen:
+            continue
+        seen.add(id(content))
+        if any(isinstance(name, str) and _is_tensor(value) for name, value in content.items()):
+            yield where, content
+        for name, value in content.items():
+            if isinstance(name, str) and (everything or not NOT_WEIGHTS.search(name)):
+                pending.append((f"{where}/{name}" if where else name, value, depth + 1))
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, StoredTensor) or (
-        isinstance(value, Opaque) and bool(value.args) and isinstance(value.args[0], StoredTensor)
-    )
+    return isinstance(value, StoredTensor) or (isinstance(value, Opaque) and value.holds_tensor)
 
 
 def _choose(found: Mapping[str, Mapping[Any, Any]], path: str) -> str:
@@ -259,6 +278,7 @@ def _choose(found: Mapping[str, Mapping[Any, Any]], path: str) -> str:
 
 
 def _entry(name: str, tensor: StoredTensor, file: int, storages: Mapping[str, tuple[int, int]], path: str) -> Entry:
+    check_name(name, path)
     if tensor.dtype is None or tensor.dtype not in DTYPES:
         raise UnsupportedFormat(f"Tensor {name!r} in {path} has an element type that this version does not know.")
     info = TensorInfo(name, tensor.dtype, tensor.shape)
@@ -269,8 +289,11 @@ def _entry(name: str, tensor: StoredTensor, file: int, storages: Mapping[str, tu
     last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
     if info.numel and (last + 1) * size > length:
         raise _broken(name, path, f"it needs {(last + 1) * size:,} bytes of a storage that has {length:,}")
+    if info.nbytes >= 1 << 62:
+        raise _broken(name, path, "it claims more elements than any file has")
     contiguous = not info.numel or _is_contiguous(tensor.shape, tensor.stride)
-    return Entry(file, start + tensor.offset * size if info.numel else start, info, None if contiguous else tensor.stride)
+    stride = tuple(step if n > 1 else 0 for n, step in zip(tensor.shape, tensor.stride, strict=True))
+    return Entry(file, start + tensor.offset * size if info.numel else start, info, None if contiguous else stride)
 
 
 def _broken(name: str, path: str, why: str) -> CheckpointError:

@@ -44,8 +44,11 @@ def make_options(
         raise OptionError(f"Unknown compat name {compat!r}; known: {', '.join(COMPATS)}.")
     if method not in METHODS:
         raise OptionError(f"Unknown method {method[:40]!r}; known: {', '.join(METHODS)}.")
-    if not ks or any(not 1 <= k < 1 << 31 for k in ks):
-        raise OptionError(f"{', '.join(map(str, ks)) or 'Nothing'} is no list of dimensions k.", hint="Give 1 or more.")
+    if not ks:
+        raise OptionError("No number of directions k was given.", hint="Give one or more, such as 16,64.")
+    for k in ks:
+        if not 1 <= k < 1 << 31:
+            raise OptionError(f"k = {k} is no number of directions.", hint="Give whole numbers from 1 on.")
     if not 0 < alpha < 1:
         raise OptionError(f"alpha = {alpha!r} is no share of the elements.", hint="Give a number between 0 and 1.")
     unique = tuple(dict.fromkeys(float(t) for t in tolerances))

@@ -33,6 +33,7 @@ from .test_rank import (
     module_of,
     rows_below,
     saved,
+    shown_and_found,
 )
 
 Matrix = np.ndarray[Any, Any]
@@ -40,6 +41,7 @@ Row = dict[str, Any]
 
 BASE, ADAMW, SFT = (SAMPLE / name for name in ("base", "rl-adamw", "sft"))
 F32, F64 = np.float32, np.float64
+pytestmark = pytest.mark.slow
 KEYS = {"subspaces", "subspaces_by_module", "subspaces_by_layer", "matrices"}
 OUT = {"tensors", "histograms", "subspaces", "angles", "weight_spectra", "coverage"}
 KS = (4, 16)
@@ -200,35 +202,30 @@ def test_reinforcement_learning_turns_the_leading_directions_less_than_sft(found
         assert rl["low_overlap"] > theirs[module]["low_overlap"] > 0.5, module
 
 
-def test_alpha_moves_the_masks_and_nothing_else(found: Row) -> None:
-    args = ("subspace", BASE, ADAMW, "--k", "4", "--alpha", "0.1")
+def test_alpha_moves_the_masks_and_nothing_else(found: Row, tmp_path: Path) -> None:
+    text, diff = shown_and_found(tmp_path / "out", "subspace", BASE, ADAMW, "--k", "4", "--alpha", "0.1")
     before, after = matrices(BASE), matrices(ADAMW)
     half = by_key(found)
     masks = {"principal_overlap", "low_overlap", "alpha", "chance"}
-    for row in run_json(*args)["matrices"]:
+    for row in diff.subspaces.to_dicts():
         name = row["name"]
         assert_row(row, subspaces_of(before[name], after[name], [4], 0.1)[4])
         assert {**half[name, 4], **dict.fromkeys(masks)} == {**row, **dict.fromkeys(masks)}
-    text = run(*args).stdout
     assert "chance gives 10.00 %" in text
     assert "50.00 %" not in text
 
 
-def test_an_unchanged_pair() -> None:
-    args = ("subspace", BASE, BASE, "--k", "4")
-    found = run_json(*args)
-    for row in found["matrices"]:
+def test_an_unchanged_pair(tmp_path: Path) -> None:
+    text, diff = shown_and_found(tmp_path / "out", "subspace", BASE, BASE, "--k", "4")
+    for row in diff.subspaces.to_dicts():
         assert row["angle_u_max"] < 1e-6
         assert row["angle_v_max"] < 1e-6
         assert row["overlap_u"] == pytest.approx(1, abs=1e-12)
         assert (row["changed_bf16"], row["nss"], row["largest_sigma_shift"], row["note"]) == (0, 0, 0, None)
         assert row["principal_overlap"] is row["low_overlap"] is row["sigma_shift_share"] is None
-    assert found["subspaces"][0]["principal_overlap"] is None
-    done = run(*args)
-    assert (done.returncode, done.stderr) == (0, "")
-    for cells in rows_below(done.stdout, "by module").values():
-        *_, nss, principal, low = cells
-        assert (nss, principal, low) == ("0", "–", "–")
+    assert diff.subspaces_by()["principal_overlap"].to_list() == [None]
+    for _, u, v, *_, nss, principal, low in rows_below(text, "by module").values():
+        assert (u, v, nss, principal, low) == ("0°", "0°", "0", "–", "–")
 
 
 # --- tables for people -----------------------------------------------------------------------------------------------
@@ -306,15 +303,14 @@ def test_experts_of_a_stack_are_matrices_of_their_own(tmp_path: Path) -> None:
     stack = "model.layers.0.mlp.experts.down_proj"
     base, tuned = changed_by(3, {stack: (3, 6, 5), "conv.weight": (4, 3, 2, 2)})
     tuned[stack][1, 0, 0] = np.inf
-    pair = saved(tmp_path, base, tuned)
-    rows = {(row["name"], row["expert"]): row for row in run_json("subspace", *pair, "--k", "2")["matrices"]}
+    text, diff = shown_and_found(tmp_path / "out", "subspace", *saved(tmp_path, base, tuned), "--k", "2")
+    rows = {(row["name"], row["expert"]): row for row in diff.subspaces.to_dicts()}
     assert set(rows) == {(stack, 0), (stack, 1), (stack, 2), ("conv.weight", None)}
     assert (rows["conv.weight", None]["rows"], rows["conv.weight", None]["cols"]) == (4, 12)
     for expert in (0, 2):
         sigma = [np.linalg.svd(side[stack][expert].astype(F64), compute_uv=False) for side in (base, tuned)]
         drift = np.linalg.norm(sigma[1] - sigma[0]) / np.linalg.norm(sigma[0])
         assert rows[stack, expert]["nss"] == pytest.approx(drift, rel=1e-9)
-    text = run("subspace", *pair, "--k", "2").stdout
     assert f"{stack} (expert 1): holds NaN or infinite elements" in text
     assert rows_below(text, "by module")["experts.down_proj"][0] == "2"
 
