@@ -62,7 +62,7 @@ def ranks_of(contestant: str, stdout: str) -> dict[str, int]:
     if contestant in ROUTINES:
         return dict(json.loads(stdout)["ranks"])
     if contestant == "paramdiff":
-        return {m["name"]: m["numeric_rank"] for m in json.loads(stdout)["matrices"] if m["rank_uncertain"] is False}
+        return {m["name"]: m["numeric_rank"] for m in json.loads(stdout)["ranks_by_matrix"] if m["rank_uncertain"] is False}
     return {}
 
 

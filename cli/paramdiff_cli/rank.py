@@ -57,8 +57,4 @@ def rank(
         if matrices:
             console.print("\n[bold]Every matrix[/bold]")
             console.print(render_ranks.every_matrix(diff))
-        for line in render.coverage(diff):
-            console.print(line, soft_wrap=True)
-        console.print(render.cost(diff), soft_wrap=True)
-        if out is not None:
-            console.print(render.plain(f"Tables written to {out}"), soft_wrap=True)
+        render.ending(console, diff, out)

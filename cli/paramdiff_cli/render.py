@@ -59,8 +59,8 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def show(console: Console, diff: Diff) -> None:
-    """Everything that `paramdiff sparsity` says."""
+def show(console: Console, diff: Diff, out: str | None = None) -> None:
+    """Everything that `paramdiff sparsity` says; `out` is where tables were written."""
     console.print(heading(diff), soft_wrap=True)
     console.print(overall(diff))
     console.print(magnitudes(diff), soft_wrap=True)
@@ -76,9 +76,7 @@ def show(console: Console, diff: Diff) -> None:
         from paramdiff_cli import render_subspaces
 
         render_subspaces.show(console, diff)
-    for line in coverage(diff):
-        console.print(line, soft_wrap=True)
-    console.print(cost(diff), soft_wrap=True)
+    ending(console, diff, out)
 
 
 def heading(diff: Diff) -> Text:
@@ -186,6 +184,15 @@ def coverage(diff: Diff) -> Iterator[Text]:
         yield plain(f"{len(names)} tensor{'s' if len(names) > 1 else ''}, {said}: {listed}{more}")
     if found["excluded"]:
         yield plain(f"{found['excluded']} tensor{'s' if found['excluded'] > 1 else ''} {REASONS['excluded']}")
+
+
+def ending(console: Console, diff: Diff, out: str | None) -> None:
+    """What every comparison ends with: what was not compared, what it took, where the tables are."""
+    for line in coverage(diff):
+        console.print(line, soft_wrap=True)
+    console.print(cost(diff), soft_wrap=True)
+    if out is not None:
+        console.print(plain(f"Tables written to {out}"), soft_wrap=True)
 
 
 def cost(diff: Diff) -> Text:

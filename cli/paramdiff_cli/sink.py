@@ -62,7 +62,7 @@ def ranks(diff: Diff) -> dict[str, Any]:
         "ranks": diff.ranks_by().row(0, named=True),
         "ranks_by_module": diff.ranks_by("module").to_dicts(),
         "ranks_by_layer": diff.ranks_by("layer").to_dicts(),
-        "matrices": diff.ranks.to_dicts(),
+        "ranks_by_matrix": diff.ranks.to_dicts(),
     }
 
 
@@ -72,7 +72,7 @@ def subspaces(diff: Diff) -> dict[str, Any]:
         "subspaces": diff.subspaces_by().to_dicts(),
         "subspaces_by_module": diff.subspaces_by("module").to_dicts(),
         "subspaces_by_layer": diff.subspaces_by("layer").to_dicts(),
-        "matrices": diff.subspaces.to_dicts(),
+        "subspaces_by_matrix": diff.subspaces.to_dicts(),
     }
 
 

@@ -54,7 +54,4 @@ def sparsity(
     elif not quiet:
         from paramdiff_cli import render
 
-        console = sink.console()
-        render.show(console, diff)
-        if out is not None:
-            console.print(render.plain(f"Tables written to {out}"), soft_wrap=True)
+        render.show(sink.console(), diff, out)

@@ -61,8 +61,4 @@ def subspace(
         console = sink.console()
         console.print(render.heading(diff), soft_wrap=True)
         render_subspaces.show(console, diff)
-        for line in render.coverage(diff):
-            console.print(line, soft_wrap=True)
-        console.print(render.cost(diff), soft_wrap=True)
-        if out is not None:
-            console.print(render.plain(f"Tables written to {out}"), soft_wrap=True)
+        render.ending(console, diff, out)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+from paramdiff.checkpoints.base import TensorInfo
 from paramdiff.errors import BrokenFile, ChangedWhileReading
 
 MAX_READ = 1 << 30  # one read moves at most 0x7ffff000 bytes on Linux
@@ -82,6 +84,29 @@ class Files:
         self.__dict__.update(state)
         for path in self.paths:
             self._fds.append(open_regular(path)[0])
+
+
+class OnFiles:
+    """What the checkpoints of all containers on files share, once `_entries` says in which file each tensor begins where."""
+
+    format: str
+    ref: str
+    tensors: Mapping[str, TensorInfo]
+    _files: Files
+    _entries: Mapping[str, Any]
+
+    def position(self, name: str) -> tuple[int, int]:
+        entry = self._entries[name]
+        return entry.file, entry.start
+
+    def verify(self) -> None:
+        self._files.verify()
+
+    def facts(self) -> dict[str, Any]:
+        return {"ref": self.ref, "format": self.format, "files": self._files.facts(), "tensors": len(self.tensors)}
+
+    def close(self) -> None:
+        self._files.close()
 
 
 def open_regular(path: str) -> tuple[int, os.stat_result]:

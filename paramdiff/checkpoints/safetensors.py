@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paramdiff.checkpoints.base import Located, TensorInfo, check_index, check_name, strays_of
-from paramdiff.checkpoints.files import Files
+from paramdiff.checkpoints.files import Files, OnFiles
 from paramdiff.dtypes import DTYPES
 from paramdiff.errors import BrokenFile
 
@@ -30,7 +30,7 @@ class Entry:
     info: TensorInfo
 
 
-class SafetensorsCheckpoint:
+class SafetensorsCheckpoint(OnFiles):
     """One or several safetensors files that together are one model; see `Checkpoint` for the interface."""
 
     format = "safetensors"
@@ -67,19 +67,6 @@ class SafetensorsCheckpoint:
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         entry = self._entries[name]
         self._files.read_into(entry.file, entry.start + offset, buffer, name)
-
-    def position(self, name: str) -> tuple[int, int]:
-        entry = self._entries[name]
-        return entry.file, entry.start
-
-    def verify(self) -> None:
-        self._files.verify()
-
-    def facts(self) -> dict[str, Any]:
-        return {"ref": self.ref, "format": self.format, "files": self._files.facts(), "tensors": len(self.tensors)}
-
-    def close(self) -> None:
-        self._files.close()
 
 
 def read_header(files: Files, file: int) -> tuple[int, list[tuple[TensorInfo, int]]]:

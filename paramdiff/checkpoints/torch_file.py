@@ -20,7 +20,7 @@ import numpy as np
 
 from paramdiff.checkpoints import pickles
 from paramdiff.checkpoints.base import Located, TensorInfo, check_index, check_name, strays_of
-from paramdiff.checkpoints.files import Files
+from paramdiff.checkpoints.files import Files, OnFiles
 from paramdiff.checkpoints.pickles import Opaque, StoredTensor
 from paramdiff.dtypes import DTYPES
 from paramdiff.errors import BrokenFile, CheckpointError, UnsupportedFormat
@@ -43,7 +43,7 @@ class Entry:
     stride: tuple[int, ...] | None
 
 
-class TorchCheckpoint:
+class TorchCheckpoint(OnFiles):
     """One or several files of torch.save that together are one model; see `Checkpoint` for the interface.
 
     `key` names the entry of the file that holds the weights, where there are several.
@@ -92,19 +92,6 @@ class TorchCheckpoint:
         strides = tuple(size * step for step in entry.stride)
         view = np.lib.stride_tricks.as_strided(whole, (*entry.info.shape, size), (*strides, 1), writeable=False)
         buffer[:] = view.flat[offset : offset + len(buffer)].tobytes()  # copies this range alone
-
-    def position(self, name: str) -> tuple[int, int]:
-        entry = self._entries[name]
-        return entry.file, entry.start
-
-    def verify(self) -> None:
-        self._files.verify()
-
-    def facts(self) -> dict[str, Any]:
-        return {"ref": self.ref, "format": self.format, "files": self._files.facts(), "tensors": len(self.tensors)}
-
-    def close(self) -> None:
-        self._files.close()
 
 
 def read_file(files: Files, file: int) -> tuple[Any, dict[str, tuple[int, int]]]:

@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 BASE, ADAMW, SGD, SFT = (SAMPLE / name for name in ("base", "rl-adamw", "rl-sgd", "sft"))
 F32, F64 = np.float32, np.float64
-KEYS = {"ranks", "ranks_by_module", "ranks_by_layer", "matrices"}
+KEYS = {"ranks", "ranks_by_module", "ranks_by_layer", "ranks_by_matrix"}
 OUT = {"tensors", "histograms", "ranks", "spectra", "coverage"}
 SUMMED = ("numeric_rank", "rank_at_1e-3", "rank_at_1e-2", "energy_rank_99", "energy_rank_95", "energy_rank_90")  # as printed
 MEDIANS = ("stable_rank", "entropy_rank", "top1_share")
@@ -233,8 +233,8 @@ def assert_strict(text: str) -> Row:
 
 def test_json_holds_every_rank_of_every_matrix(found: Row, expected: dict[str, Row]) -> None:
     assert set(found) > KEYS
-    assert {row["name"] for row in found["matrices"]} == set(expected)
-    for row in found["matrices"]:
+    assert {row["name"] for row in found["ranks_by_matrix"]} == set(expected)
+    for row in found["ranks_by_matrix"]:
         assert list(row) == list(TABLES["ranks"])
         assert_holds(row, expected[row["name"]])
         assert (row["layer"], row["module"], row["expert"]) == (layer_of(row["name"]), module_of(row["name"]), None)
@@ -270,7 +270,7 @@ def test_json_has_no_numbers_that_json_lacks(tmp_path: Path) -> None:
     pair = saved(tmp_path, over, {**tuned, "nan": np.full((3, 3), np.nan, F32)})
     done = run("rank", *pair, "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    rows = {row["name"]: row for row in assert_strict(done.stdout)["matrices"]}
+    rows = {row["name"]: row for row in assert_strict(done.stdout)["ranks_by_matrix"]}
     assert (rows["huge"]["sigma_1"], rows["huge"]["frobenius"]) == (None, None)
     assert (rows["huge"]["numeric_rank"], rows["huge"]["top1_share"]) == (1, pytest.approx(1.0))
     assert rows["fine"]["numeric_rank"] == 3
@@ -401,7 +401,7 @@ def test_vectors_alone_have_no_rank_and_that_is_said(tmp_path: Path) -> None:
     assert "No tensor that was compared is a matrix" in done.stdout
     assert "Ranks by" not in done.stdout
     found = run_json("rank", *pair, "--out", tmp_path / "out")
-    assert (found["matrices"], found["ranks_by_module"], found["ranks_by_layer"]) == ([], [], [])
+    assert (found["ranks_by_matrix"], found["ranks_by_module"], found["ranks_by_layer"]) == ([], [], [])
     assert (found["ranks"]["matrices"], found["ranks"]["full_rank"], found["ranks"]["numeric_rank"]) == (0, 0, None)
     for name in ("ranks", "spectra"):
         assert_schema(pl.read_parquet(tmp_path / "out" / f"{name}.parquet"), name)
@@ -424,7 +424,7 @@ def test_nan_in_one_matrix_is_said_and_the_others_are_there(tmp_path: Path) -> N
     assert set(rows_below(done.stdout, "by module")["k_proj"][1:]) == {"–"}
     assert set(rows_below(done.stdout, "Every matrix")["layers.0.k_proj.weight"][1:]) == {"–"}
     found = assert_strict(run("rank", *pair, "--json").stdout)
-    rows = {row["module"]: row for row in found["matrices"]}
+    rows = {row["module"]: row for row in found["ranks_by_matrix"]}
     for module in ("q_proj", "v_proj"):
         name = f"layers.0.{module}.weight"
         assert_holds(rows[module], ranks_of(base[name], tuned[name]))
@@ -492,7 +492,7 @@ def loaded(pair: tuple[Path, Path]) -> list[dict[str, Matrix]]:
 
 def test_sketch_gives_leading_values_within_the_error_it_states(large: tuple[Path, Path], tmp_path: Path) -> None:
     found = run_json("rank", *large, "--method", "sketch", "--out", tmp_path / "out")
-    rows = {row["module"]: row for row in found["matrices"]}
+    rows = {row["module"]: row for row in found["ranks_by_matrix"]}
     assert {name: row["method"] for name, row in rows.items()} == {"flat": "sketch", "low": "sketch", "small": "svd"}
     spectra = pl.read_parquet(tmp_path / "out" / "spectra.parquet")
     before, after = loaded(large)
@@ -550,7 +550,7 @@ def test_a_mean_over_matrices_is_not_given_where_some_of_them_are_unknown(large:
 
 def test_exact_on_the_same_matrices(large: tuple[Path, Path]) -> None:
     before, after = loaded(large)
-    rows = {row["name"]: row for row in run_json("rank", *large, "--method", "exact")["matrices"]}
+    rows = {row["name"]: row for row in run_json("rank", *large, "--method", "exact")["ranks_by_matrix"]}
     assert {name: row["method"] for name, row in rows.items()} == {
         "flat.weight": "gram", "low.weight": "gram", "small.weight": "svd",
     }  # fmt: skip
@@ -590,7 +590,7 @@ def test_out_writes_the_tables_of_columns_py(tmp_path: Path, expected: dict[str,
     tensors = {name: str(kind) for name, kind in frames["tensors"].schema.items()}
     assert tensors == {name: kind for name, (kind, _) in (IDENTITY | CHANGE).items() if "τ" not in name}
     assert frames["tensors"].height == found["tensors"] == 28
-    assert frames["ranks"].to_dicts() == found["matrices"]
+    assert frames["ranks"].to_dicts() == found["ranks_by_matrix"]
     before, after = matrices(BASE), matrices(ADAMW)
     names = {name for name in before if "self_attn" in name}
     assert set(frames["ranks"]["name"]) == set(frames["spectra"]["name"]) == names
@@ -612,7 +612,7 @@ def test_what_was_written_loads_again(written: tuple[str, Path]) -> None:
     text, out = written
     assert squeezed(text).endswith(f"Tables written to {out}")
     diff, found = paramdiff.load(out), run_json("rank", BASE, SGD)
-    assert diff.ranks.to_dicts() == found["matrices"]
+    assert diff.ranks.to_dicts() == found["ranks_by_matrix"]
     assert diff.ranks_by().row(0, named=True) == found["ranks"]
     assert {**diff.summary(), "seconds": 0} == {key: 0 if key == "seconds" else found[key] for key in diff.summary()}
 
@@ -635,7 +635,7 @@ def test_include_and_exclude(expected: dict[str, Row]) -> None:
     args = ("rank", BASE, ADAMW, "--include", r"self_attn", "--exclude", "o_proj")
     found = run_json(*args)
     names = {name for name in expected if "self_attn" in name and "o_proj" not in name}
-    assert {row["name"] for row in found["matrices"]} == names
+    assert {row["name"] for row in found["ranks_by_matrix"]} == names
     assert_holds(found["ranks"], rolled_up([expected[name] for name in names]))
     text = run(*args).stdout
     assert f"{len(names)} matrices, of full rank {found['ranks']['full_rank']:,} in all" in text
@@ -661,7 +661,7 @@ def test_workers_do_not_change_the_result(found: Row) -> None:
 
 def test_one_matrix_for_several_workers_is_the_same_as_for_one(large: tuple[Path, Path]) -> None:
     one, two = (run_json("rank", *large, "--include", "flat", "--threads", n) for n in (1, 2))
-    assert one["matrices"][0]["method"] == "gram"
+    assert one["ranks_by_matrix"][0]["method"] == "gram"
     assert {**one, "seconds": 0} == {**two, "seconds": 0}
 
 
@@ -787,7 +787,7 @@ def test_hostile_names_in_json_and_parquet(tmp_path: Path) -> None:
     done = run("rank", *pair, "--json", "--out", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     assert_harmless(done.stdout.rstrip("\n"))
-    assert sorted(row["name"] for row in assert_strict(done.stdout)["matrices"]) == sorted(names)
+    assert sorted(row["name"] for row in assert_strict(done.stdout)["ranks_by_matrix"]) == sorted(names)
     assert set(paramdiff.load(tmp_path / "out").ranks["name"]) == set(names)
     assert set(pl.read_parquet(tmp_path / "out" / "spectra.parquet")["name"]) == {names[-1]}
 

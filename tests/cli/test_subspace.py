@@ -42,7 +42,7 @@ Row = dict[str, Any]
 BASE, ADAMW, SFT = (SAMPLE / name for name in ("base", "rl-adamw", "sft"))
 F32, F64 = np.float32, np.float64
 pytestmark = pytest.mark.slow
-KEYS = {"subspaces", "subspaces_by_module", "subspaces_by_layer", "matrices"}
+KEYS = {"subspaces", "subspaces_by_module", "subspaces_by_layer", "subspaces_by_matrix"}
 OUT = {"tensors", "histograms", "subspaces", "angles", "weight_spectra", "coverage"}
 KS = (4, 16)
 OF_ANGLES = tuple(
@@ -127,7 +127,7 @@ def shown() -> str:
 
 
 def by_key(found: Row) -> dict[tuple[str, int], Row]:
-    return {(row["name"], row["k"]): row for row in found["matrices"]}
+    return {(row["name"], row["k"]): row for row in found["subspaces_by_matrix"]}
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_json_holds_every_matrix_at_every_k(found: Row, expected: dict[tuple[str
     assert set(found) > KEYS
     rows = by_key(found)
     assert set(rows) == set(expected)
-    assert len(found["matrices"]) == 29 * 2
+    assert len(found["subspaces_by_matrix"]) == 29 * 2
     for (name, k), row in rows.items():
         assert list(row) == list(TABLES["subspaces"])
         assert_row(row, expected[name, k])
@@ -146,8 +146,8 @@ def test_json_holds_every_matrix_at_every_k(found: Row, expected: dict[tuple[str
 
 
 def test_the_theorems_hold_in_what_is_printed_as_json(found: Row) -> None:
-    ranks = {row["name"]: row for row in run_json("rank", BASE, ADAMW)["matrices"]}
-    for row in found["matrices"]:
+    ranks = {row["name"]: row for row in run_json("rank", BASE, ADAMW)["ranks_by_matrix"]}
+    for row in found["subspaces_by_matrix"]:
         assert row["largest_sigma_shift"] <= ranks[row["name"]]["sigma_1"] * (1 + 1e-9), "Weyl"
         assert row["sigma_shift_share"] <= 1 + 1e-9, "Mirsky"
         for side in "uv":
@@ -291,7 +291,7 @@ def test_nan_in_one_matrix_is_said_and_the_others_are_there(tmp_path: Path) -> N
     assert table["k_proj"] == ["0", *["–"] * 9]
     assert table["q_proj"][0] == "1"
     found = assert_strict(run("subspace", *pair, "--k", "2", "--json").stdout)
-    rows = {row["module"]: row for row in found["matrices"]}
+    rows = {row["module"]: row for row in found["subspaces_by_matrix"]}
     assert rows["q_proj"]["note"] is None
     u0, u1 = (np.linalg.svd(side["layers.0.q_proj.weight"].astype(F64))[0][:, :2] for side in (base, tuned))
     assert rows["q_proj"]["angle_u_max"] == pytest.approx(np.degrees(scipy.linalg.subspace_angles(u0, u1).max()), rel=1e-6)
@@ -320,7 +320,7 @@ def test_experts_of_a_stack_are_matrices_of_their_own(tmp_path: Path) -> None:
 
 def test_several_k_in_any_order(tmp_path: Path) -> None:
     found = run_json("subspace", BASE, ADAMW, "--include", "layers.0.*q_proj.weight", "--k", " 16,4,,16", "--out", tmp_path)
-    assert [row["k"] for row in found["matrices"]] == [row["k"] for row in found["subspaces"]] == [4, 16]
+    assert [row["k"] for row in found["subspaces_by_matrix"]] == [row["k"] for row in found["subspaces"]] == [4, 16]
     assert json.loads((tmp_path / "run.json").read_text())["options"]["ks"] == [4, 16]
 
 
@@ -339,15 +339,15 @@ def test_k_beyond_int64_is_refused_or_kept() -> None:
     if done.returncode:
         assert_sentence(done, 2)
         return
-    assert {row["k"] for row in json.loads(done.stdout)["matrices"]} == {int(given)}
+    assert {row["k"] for row in json.loads(done.stdout)["subspaces_by_matrix"]} == {int(given)}
 
 
 def test_k_beyond_the_rank_leaves_matrices_out_and_says_so(tmp_path: Path) -> None:
     args = ("subspace", BASE, ADAMW, "--include", "self_attn", "--k", "64,10000")
     found = run_json(*args, "--out", tmp_path / "out")
-    narrow = {row["name"] for row in found["matrices"] if min(row["rows"], row["cols"]) < 64}
+    narrow = {row["name"] for row in found["subspaces_by_matrix"] if min(row["rows"], row["cols"]) < 64}
     assert {module_of(name) for name in narrow} == {"k_proj", "v_proj"}
-    for row in found["matrices"]:
+    for row in found["subspaces_by_matrix"]:
         left_out = row["k"] == 10000 or row["name"] in narrow
         assert (row["note"] is not None, row["angle_u_max"] is None) == (left_out, left_out)
         assert row["nss"] > 0, "the spectra are there whatever k is"
@@ -391,7 +391,7 @@ def test_out_writes_the_tables_of_columns_py(written: tuple[Row, Path], expected
         assert_schema(frames[name], name)
     tensors = {name: str(kind) for name, kind in frames["tensors"].schema.items()}
     assert tensors == {name: kind for name, (kind, _) in (IDENTITY | CHANGE).items() if "τ" not in name}
-    assert frames["subspaces"].to_dicts() == found["matrices"]
+    assert frames["subspaces"].to_dicts() == found["subspaces_by_matrix"]
     groups = frames["angles"].partition_by("name", "k", "side", as_dict=True)
     assert set(groups) == {(name, k, side) for name, k in expected for side in "uv"}
     for (name, k, side), angles in groups.items():
@@ -420,7 +420,7 @@ def test_run_json_records_the_options(written: tuple[Row, Path]) -> None:
 def test_what_was_written_loads_again(written: tuple[Row, Path]) -> None:
     found, out = written
     diff = paramdiff.load(out)
-    assert diff.subspaces.to_dicts() == found["matrices"]
+    assert diff.subspaces.to_dicts() == found["subspaces_by_matrix"]
     assert diff.subspaces_by("module").to_dicts() == found["subspaces_by_module"]
     assert all(found[name] == value for name, value in diff.summary().items())
 
@@ -432,7 +432,7 @@ def test_include_and_exclude(tmp_path: Path) -> None:
     args = ("subspace", BASE, ADAMW, "--k", "4", "--include", "layers", "--exclude", "mlp|norm", "--exclude", "[ko]_proj")
     found = run_json(*args)
     names = {name for name in matrices(BASE) if re.search(r"[qv]_proj", name)}
-    assert {row["name"] for row in found["matrices"]} == names
+    assert {row["name"] for row in found["subspaces_by_matrix"]} == names
     done = run(*args, "--out", tmp_path / "out")
     assert f"{50 - found['tensors']} tensors left out by --include/--exclude" in done.stdout
     assert squeezed(done.stdout).endswith(f"Tables written to {tmp_path / 'out'}")
@@ -471,7 +471,7 @@ def test_help_shows_examples_and_options() -> None:
 
 def test_the_default_is_16_and_64_at_one_half(tmp_path: Path) -> None:
     found = run_json("subspace", BASE, ADAMW, "--include", "layers.0.*q_proj.weight", "--out", tmp_path)
-    assert [(row["k"], row["alpha"]) for row in found["matrices"]] == [(16, 0.5), (64, 0.5)]
+    assert [(row["k"], row["alpha"]) for row in found["subspaces_by_matrix"]] == [(16, 0.5), (64, 0.5)]
 
 
 def test_nothing_to_compare(tmp_path: Path) -> None:
@@ -510,7 +510,7 @@ def test_hostile_names(tmp_path: Path, place: str) -> None:
     done = run("subspace", *pair, "--k", "2", "--json", "--out", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     assert_harmless(done.stdout.rstrip("\n"))
-    assert {row["name"] for row in assert_strict(done.stdout)["matrices"]} == set(names)
+    assert {row["name"] for row in assert_strict(done.stdout)["subspaces_by_matrix"]} == set(names)
     assert set(pl.read_parquet(tmp_path / "out" / "subspaces.parquet")["name"]) == set(names)
 
 
