@@ -79,17 +79,21 @@ def of_matrix(a: Matrix) -> Spectrum:
     rows, cols = a.any(axis=1), a.any(axis=0)
     if not rows.any():
         return Spectrum(np.zeros(length), "svd")
-    if (
-        2 * np.count_nonzero(rows) < a.shape[0] or 2 * np.count_nonzero(cols) < a.shape[1]
-    ):  # otherwise copying costs more than it saves
+    used = np.count_nonzero(rows) / a.shape[0], np.count_nonzero(cols) / a.shape[1]
+    if min(used) < 0.5:  # otherwise copying costs more than it saves
         a = a[np.ix_(rows, cols)]
     if a.size <= SMALL or min(a.shape) <= THIN:
         return _svd(a.astype(np.float64, copy=False)).padded(length)
-    gram, by_rows = new_gram(min(a.shape)), a.shape[0] > a.shape[1]
+    return of_gram(gram_of(a), max(a.shape)).padded(length)
+
+
+def gram_of(a: Matrix) -> Matrix:
+    """The lower triangle of the smaller of AᵀA and AAᵀ, in float64."""
+    gram, tall = new_gram(min(a.shape)), a.shape[0] >= a.shape[1]
     step = max(1, SLICE // min(a.shape))
     for at in range(0, max(a.shape), step):
-        add_gram(gram, a[at : at + step] if by_rows else a[:, at : at + step].T)
-    return of_gram(gram, max(a.shape)).padded(length)
+        add_gram(gram, a[at : at + step] if tall else a[:, at : at + step].T)
+    return gram
 
 
 def new_gram(n: int) -> Matrix:
@@ -143,12 +147,15 @@ def _svd(a: Matrix) -> Spectrum:
     for driver in ("gesdd", "gesvd"):
         try:
             sigma = scipy.linalg.svd(a, compute_uv=False, lapack_driver=driver, check_finite=False)
-            return Spectrum(
-                sigma, "svd", sigma_error=6 * max(a.shape) * U * float(sigma[0]), note=_fell_back(failed, driver)
-            )
+            return of_svd(sigma, a.shape, _fell_back(failed, driver))
         except LinAlgError:
             failed.append(driver)
     raise LinAlgError("no SVD driver converged")
+
+
+def of_svd(sigma: Matrix, shape: tuple[int, ...], note: str | None = None) -> Spectrum:
+    """Singular values that LAPACK found for an m × n matrix, with the bound on their error."""
+    return Spectrum(sigma, "svd", sigma_error=6 * max(shape) * U * float(sigma[0]), note=note)
 
 
 def _fell_back(failed: list[str], driver: str) -> str | None:

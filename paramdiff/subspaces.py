@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from paramdiff.singular import SMALL, THIN, U, add_gram, eigenvalues, new_gram
+from paramdiff.singular import SMALL, THIN, eigenvalues, gram_of, of_squares, of_svd
 
 Matrix = np.ndarray[Any, Any]
 Slices = Callable[[], Iterator[tuple[Matrix, Matrix]]]  # (magnitudes, which of them changed), piece by piece
@@ -50,12 +50,10 @@ def leading(w: Matrix, k: int) -> Leading:
     k = min(k, short)
     if w.size <= SMALL or short <= THIN:
         u, sigma, vt = np.linalg.svd(w.astype(np.float64), full_matrices=False)
-        return Leading(sigma, u[:, :k], vt[:k].T, max(w.shape) * U * float(sigma[0]))
+        return Leading(sigma, u[:, :k], vt[:k].T, of_svd(sigma, w.shape).resolution)
     tall = w.shape[0] >= w.shape[1]
-    gram, step = new_gram(short), max(1, STEP // short)
-    for at in range(0, max(w.shape), step):
-        add_gram(gram, w[at : at + step] if tall else w[:, at : at + step].T)
-    squares = eigenvalues(gram)[0]
+    gram = gram_of(w)
+    spectrum = of_squares(eigenvalues(gram)[0], max(w.shape), float(gram.trace()))
     try:
         asked = {"subset_by_index": [short - k, short - 1], "driver": "evr"}
         vectors = scipy.linalg.eigh(gram, lower=True, check_finite=False, **asked)[1]
@@ -65,9 +63,8 @@ def leading(w: Matrix, k: int) -> Leading:
     far = _times(w if tall else w.T, near)
     far, norms = np.linalg.qr(far)  # the norms are the singular values; orthogonal up to the error of the Gram matrix
     far = far * np.where(norms.diagonal() < 0, -1.0, 1.0)
-    sigma = np.sqrt(np.maximum(squares[::-1], 0.0))
-    resolution = float(np.sqrt((max(w.shape) + short) * U * gram.trace()))
-    return Leading(sigma, far, near, resolution) if tall else Leading(sigma, near, far, resolution)
+    u, v = (far, near) if tall else (near, far)
+    return Leading(spectrum.sigma, u, v, spectrum.resolution)
 
 
 def _times(w: Matrix, vectors: Matrix) -> Matrix:
