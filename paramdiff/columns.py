@@ -109,6 +109,7 @@ RANKS = {
     ),
     "components": ("Int64", "connected parts into which the entries fall; known for method sparse"),
     "method": ("String", "how the spectrum was found: svd, gram, sparse or sketch; null where there is none"),
+    "duplicate_of": ("String", "the parameter that this one is tied to; such rows are left out of roll-ups"),
     "note": ("String", "why there is no spectrum, or what went other than planned; else null"),
 }
 
@@ -144,6 +145,7 @@ SUBSPACES = {
     "principal_overlap": ("Float64", "|M ∩ principal|/|M|: top α of the rank-k part of |W₀|; null where nothing changed"),
     "low_overlap": ("Float64", "|M ∩ low|/|M|: bottom α of |W₀|, ties in proportion; null where nothing changed"),
     "chance": ("Float64", "overlap of an update that does not care, α"),
+    "duplicate_of": ("String", "the parameter that this one is tied to; such rows are left out of roll-ups"),
     "note": ("String", "why there is nothing to compare; else null"),
 }
 

@@ -54,22 +54,17 @@ def roll_up(tensors: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
 
     Raises `OptionError` for a key that is no column.
     """
-    return _grouped(tensors.filter(pl.col("duplicate_of").is_null()), keys, pooled)
+    return _grouped(tensors, keys, pooled)
 
 
 def roll_up_ranks(ranks: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
     """Pool matrices by `keys` (none: all in one row); see `pooled_ranks`. Raises `OptionError` as `roll_up` does."""
-    return _grouped(_counted_once(ranks), keys, pooled_ranks)
+    return _grouped(ranks, keys, pooled_ranks)
 
 
 def roll_up_subspaces(found: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
     """Pool matrices by k and `keys`; see `pooled_subspaces`. Raises `OptionError` as `roll_up` does."""
-    return _grouped(_counted_once(found), ["k", *keys], pooled_subspaces)
-
-
-def _counted_once(matrices: pl.DataFrame) -> pl.DataFrame:
-    """Without tied heads, whose embedding is there."""
-    return matrices.filter(~pl.col("note").fill_null("").str.starts_with("tied to "))
+    return _grouped(found, ["k", *keys], pooled_subspaces)
 
 
 def _grouped(table: pl.DataFrame, keys: Sequence[str], pool: Callable[[pl.DataFrame], dict[str, Any]]) -> pl.DataFrame:
@@ -79,6 +74,7 @@ def _grouped(table: pl.DataFrame, keys: Sequence[str], pool: Callable[[pl.DataFr
     nested = [key for key in keys if table.schema[key].is_nested()]
     if nested:
         raise OptionError(f"Column {nested[0]!r} holds lists and cannot group.", hint="Try layer, module or kind.")
+    table = table.filter(pl.col("duplicate_of").is_null())
     if not keys:
         return pl.DataFrame([pool(table)], infer_schema_length=None)
     groups = table.partition_by(list(keys), as_dict=True, maintain_order=True)

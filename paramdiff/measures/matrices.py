@@ -35,7 +35,7 @@ def why_not(tensor: Aligned) -> str | None:
 
 
 def identities(tensor: Aligned) -> Iterator[dict[str, Any]]:
-    """The first columns of a row for every matrix of a tensor: where it sits, its expert, its shape. Nothing for vectors."""
+    """What a row says of each matrix of a tensor before it is measured: place, expert, shape. Nothing for vectors."""
     if not (tensor.is_matrix or tensor.is_packed):
         return
     place = names.place(tensor.name)
@@ -43,4 +43,4 @@ def identities(tensor: Aligned) -> Iterator[dict[str, Any]]:
     for number in range(max(count, 1)):
         expert = number if tensor.is_stack else place.expert
         row = {"layer": place.layer, "module": place.module, "kind": place.kind, "expert": expert}
-        yield row | {"rows": rows, "cols": cols}
+        yield row | {"rows": rows, "cols": cols, "duplicate_of": tensor.duplicate_of}

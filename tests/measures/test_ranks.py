@@ -114,7 +114,7 @@ def test_a_zero_update_has_rank_zero_and_no_shares(method: str) -> None:
 
 
 def test_every_row_has_the_same_documented_columns() -> None:
-    documented = set(columns.RANKS) - {"name", "layer", "module", "kind", "expert", "rows", "cols"}
+    documented = set(columns.RANKS) - {"name", "layer", "module", "kind", "expert", "rows", "cols", "duplicate_of"}
     assert set(of([2.0, 1.0])) == set(of([0.0, 0.0])) == documented
 
 
