@@ -51,6 +51,10 @@ OTHER_FORMATS = {  # pattern → what it is; the sentence that a user of it gets
     "*.msgpack": "a Flax checkpoint",
     "*.h5": "a TensorFlow checkpoint",
 }
+DISTRIBUTED = {  # the same for directories; one such file may be read where it is named
+    "*_optim_states.pt": "a DeepSpeed checkpoint",
+    "model_world_size_*_rank_*.pt": "the rank files of a distributed run",
+}
 
 
 def locate(ref: str) -> Located:
@@ -116,18 +120,14 @@ def _download(ref: str) -> str:
 def _directory(ref: str, path: Path) -> Located:
     names = sorted(entry.name for entry in path.iterdir() if not entry.is_dir())
     family = next((one for one in FAMILIES if one.weights(names) or one.indices(names)), None)
-    if family is None or (family is not SAFETENSORS and _distributed(path, names)):
+    parts = any(name.endswith(".distcp") for name in names)  # which are the weights then, not a torch file beside them
+    if family is None or (parts and family is TORCH):
         raise _nothing_in(ref, path, names)
     located = _pick(ref, path, family, names)
     adapter = next((name for name in names if name.startswith("adapter_model.")), None)
     if adapter:
         located.warnings.append(f"{path}: {adapter} ignored; the model beside it is read without it.")
     return located
-
-
-def _distributed(path: Path, names: list[str]) -> bool:
-    """Whether torch files lie beside the parts of a distributed checkpoint, which are the weights then."""
-    return any(name.endswith(".distcp") for name in names)
 
 
 def _pick(ref: str, path: Path, family: Family, names: list[str]) -> Located:
@@ -204,7 +204,7 @@ def _chosen(directory: Path, files: list[str], weights: list[str], family: Famil
 
 
 def _nothing_in(ref: str, path: Path, names: list[str]) -> CheckpointError:
-    for pattern, kind in OTHER_FORMATS.items():
+    for pattern, kind in (OTHER_FORMATS | DISTRIBUTED).items():
         if any(Path(name).match(pattern) for name in names):
             return UnsupportedFormat(
                 f"{ref} holds {kind}, which this version does not read.", hint="Export the model as safetensors first."

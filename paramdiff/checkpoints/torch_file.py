@@ -27,6 +27,7 @@ from paramdiff.errors import BrokenFile, CheckpointError, UnsupportedFormat
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins the pickle stream of torch before 1.6
 NESTS = ("state_dict", "model_state_dict", "model", "module", "model_weights", "weights", "params", "net", "policy")
+# Words in a key under which lie no weights; an average of them (ema) is read where it is asked for by name.
 NOT_WEIGHTS = re.compile(
     r"(^|_|\b)(optim\w*|(lr_)?sched\w*|scaler|rng\w*|ema|args|hyper\w*|loops|callbacks)($|_|\b)", re.IGNORECASE
 )
@@ -106,9 +107,7 @@ def read_file(files: Files, file: int) -> tuple[Any, dict[str, tuple[int, int]]]
             return _read_zip(path, files, file)
         if begin[:1] == b"\x80":  # a pickle, of protocol 2 or later
             return _read_legacy(path, files.size(file))
-    except pickles.Refused as error:
-        raise UnsupportedFormat(f"{path} is not read: {error}.", hint="Export the weights as safetensors.") from error
-    except pickles.Unsupported as error:
+    except (pickles.Refused, pickles.Unsupported) as error:
         raise UnsupportedFormat(f"{path} is not read: {error}.", hint="Export the weights as safetensors.") from error
     except (ValueError, zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, OverflowError, OSError) as error:
         raise BrokenFile(f"{path} is damaged or no torch file: {str(error)[:200] or type(error).__name__}.") from error
@@ -191,7 +190,7 @@ def find_weights(content: Any, path: str, key: str | None) -> tuple[dict[str, St
     """
     if isinstance(content, StoredTensor):
         content = {"tensor": content}
-    found = dict(_mappings(content, "", everything=key is not None))
+    found = dict(_mappings(content, everything=key is not None))
     if key is not None:
         if key not in found:
             raise BrokenFile(f"{path} has no weights under {key!r}.", hint=f"There are: {_listed(found) or 'none at all'}.")
@@ -231,10 +230,10 @@ def _listed(names: Any) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _mappings(content: Any, where: str, *, everything: bool, depth: int = 0) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+def _mappings(content: Any, *, everything: bool) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     """Every mapping that holds tensors by name, by its path (`model`, `state/model`); without `everything` not optimizers
     and the like."""
-    pending, seen = deque([(where, content, depth)]), set()
+    pending, seen = deque([("", content, 0)]), set()
     while pending:
         where, content, depth = pending.popleft()
         if not isinstance(content, Mapping) or depth > DEEPEST or id(content) in seen:
