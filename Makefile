@@ -27,10 +27,11 @@ docs: $(READY)  ## docs/columns.md from paramdiff/columns.py, and the README's p
 	$(BIN)/python docs/make_pictures.py
 	$(BIN)/python -c "from paramdiff.columns import markdown; print(markdown(), end='')" > docs/columns.md
 
-bench: $(READY)  ## side by side with other tools: 10 GB of disk, ten minutes
+bench: $(READY)  ## side by side with other tools: 10 GB of disk, half an hour
 	test -d benchmarks/.venv-peers || bash benchmarks/setup_peers.sh
 	test -d benchmarks/data/base || $(BIN)/python benchmarks/make_pair.py benchmarks/data
 	$(BIN)/python benchmarks/run.py benchmarks/data
+	$(BIN)/python benchmarks/ranks.py benchmarks/data
 
 sample-data: $(READY)  ## train the checkpoints of sample_data again
 	$(BIN)/pip install -q -c constraints.txt -e '.[sample-data]'

@@ -30,30 +30,18 @@ def show(console: Console, diff: Diff) -> None:
         for k in known:
             console.print(f"\n[bold]The {k} leading directions, by {key}[/bold]")
             console.print(_table(diff, key, k, narrow=console.width < render_ranks.NARROW))
-    console.print(
-        "θ_max: largest angle between the leading directions before and after, median over matrices; overlap: mean cos² of"
+    said = (
+        "θ_max: largest angle between the leading directions before and after, median over matrices; overlap: mean cos² of "
+        "the angles; NSS: ‖σ₊ − σ₀‖/‖σ₀‖; principal, low: changed elements (after rounding to bf16) on principal and on "
+        f"low-magnitude weights, where chance gives {chance}"
     )
-    console.print(
-        "the angles; NSS: ‖σ₊ − σ₀‖/‖σ₀‖; principal, low: changed elements (after rounding to bf16) on principal and on"
-    )
-    console.print(f"low-magnitude weights, where chance gives {chance}")
+    console.print(said)
 
 
 def _table(diff: Diff, key: str, k: int, *, narrow: bool) -> Table:
     """One row per module or layer."""
-    heads = [
-        key,
-        "matrices",
-        "θ_max(U)",
-        "θ_max(V)",
-        "overlap U",
-        "chance",
-        "overlap V",
-        "chance",
-        "NSS",
-        "principal",
-        "low",
-    ]
+    heads = [key, "matrices", "θ_max(U)", "θ_max(V)", "overlap U", "chance", "overlap V", "chance"]
+    heads += ["NSS", "principal", "low"]
     shown = [0, 1, 2, 3, 8, 9, 10] if narrow else list(range(len(heads)))
     table = render.make_table([heads[column] for column in shown])
     rows: list[dict[str, Any]] = [row for row in diff.subspaces_by(key).to_dicts() if row["k"] == k]
@@ -65,11 +53,7 @@ def _table(diff: Diff, key: str, k: int, *, narrow: bool) -> Table:
         label = "outside" if row[key] is None else str(row[key])
         cells = [_degrees(row["angle_u_max_median"]), _degrees(row["angle_v_max_median"])]
         cells += [render.percent(row[f"{name}_mean"]) for name in ("overlap_u", "chance_u", "overlap_v", "chance_v")]
-        cells += [
-            render.number(row["nss_mean"]),
-            render.percent(row["principal_overlap"]),
-            render.percent(row["low_overlap"]),
-        ]
+        cells += [render.number(row["nss_mean"]), *(render.percent(row[f"{mask}_overlap"]) for mask in ("principal", "low"))]
         line: list[Any] = [render.plain(label[: render.LONGEST]), str(row["matrices"] - row["left_out"]), *cells]
         table.add_row(*(line[column] for column in shown))
     return table

@@ -22,22 +22,8 @@ from paramdiff.pairing import Aligned
 from paramdiff.streaming import Window
 
 __all__ = [
-    "DEFAULT",
-    "MEASURES",
-    "Accumulator",
-    "Measure",
-    "Options",
-    "PairBlock",
-    "WholeTensorMeasure",
-    "fold",
-    "make_options",
-    "merge",
-    "on_cpu",
-    "portable",
-    "restored",
-    "scratch",
-    "select",
-    "whole_tensors",
+    "DEFAULT", "MEASURES", "Accumulator", "Measure", "Options", "PairBlock", "WholeTensorMeasure", "fold", "make_options",
+    "merge", "on_cpu", "portable", "restored", "scratch", "select", "whole_tensors",
 ]  # fmt: skip
 
 
@@ -53,7 +39,7 @@ class Measure(Protocol):
 
 @runtime_checkable
 class WholeTensorMeasure(Protocol):
-    """A measure that also has these two sees each tensor whole: all its blocks, in order, in one worker.
+    """A measure that also has these three sees each tensor whole: all its blocks, in order, in one worker.
 
     `finish` is called after the last block; it turns `acc.state` into something small in `acc.results`. `scratch` says how
     many bytes a worker needs meanwhile, `on_cpu` whether the work is done there whatever the device.

@@ -55,13 +55,8 @@ def update(acc: Accumulator, block: PairBlock, options: Options) -> None:
         state.seen += taken
         done += taken
         if state.seen == size:
-            state.found.append(
-                _rows(
-                    state.sides[0].reshape(rows, cols),
-                    state.sides[1].reshape(rows, cols),
-                    options,
-                )
-            )
+            base, tuned = (kept.reshape(rows, cols) for kept in state.sides)
+            state.found.append(_rows(base, tuned, options))
             state.seen = 0
 
 
