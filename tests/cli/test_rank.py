@@ -46,6 +46,7 @@ Row = dict[str, Any]
 
 BASE, ADAMW, SGD, SFT = (SAMPLE / name for name in ("base", "rl-adamw", "rl-sgd", "sft"))
 F32, F64 = np.float32, np.float64
+pytestmark = pytest.mark.slow  # CI runs it; the quick suite has the measure itself
 KEYS = {"ranks", "ranks_by_module", "ranks_by_layer", "ranks_by_matrix"}
 OUT = {"tensors", "histograms", "ranks", "spectra", "coverage"}
 SUMMED = ("numeric_rank", "rank_at_1e-3", "rank_at_1e-2", "energy_rank_99", "energy_rank_95", "energy_rank_90")  # as printed

@@ -196,6 +196,7 @@ def everything(kind: torch.dtype, *, on_zeros: bool = False) -> tuple[Tensors, T
     return a, b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("on_zeros", [False, True], ids=["on weights", "on zeros"])
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
