@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from paramdiff.checkpoints.base import Checkpoint, TensorInfo
 from paramdiff.checkpoints.locate import locate, read_config
-from paramdiff.checkpoints.safetensors import SafetensorsCheckpoint
-from paramdiff.checkpoints.torch_file import TorchCheckpoint
-from paramdiff.errors import UnsupportedFormat
 
 __all__ = ["Checkpoint", "TensorInfo", "open"]
+
+# What `locate` calls a format → the module whose `open(ref, located, config, key)` reads it, imported when it is met.
+CONTAINERS = {
+    "safetensors": "safetensors",
+    "torch": "torch_file",
+    "dcp": "dcp",
+    "dcp_hf": "dcp_hf",
+    "ranks": "rank_files",
+    "zero": "zero",
+    "universal": "universal",
+    "adapter": "adapters",
+}
 
 
 def open(ref: str) -> Checkpoint:
     """Open a checkpoint: parse and validate its headers, read no weights.
 
-    `ref` is a directory (`base/`, `pipeline/unet`), a `.safetensors`, `.bin`, `.pt` or `.pth` file, or an index of such
-    files. Where a torch file holds weights in several places, `file.pt::model` names the one to read.
+    `ref` is a directory (`base/`, `pipeline/unet`, `global_step_40/actor`, `checkpoint-500`), a `.safetensors`, `.bin`,
+    `.pt` or `.pth` file, or an index of such files. Where it holds weights in several places, `file.pt::model` names the
+    one to read.
     Raises `NotFound`, `UnsupportedFormat` or `BrokenFile`.
 
     >>> checkpoint = open("sample_data/base")
@@ -25,11 +37,6 @@ def open(ref: str) -> Checkpoint:
     """
     path, _, key = ref.partition("::")
     located = locate(path)
-    config = read_config(located.directory)
-    if located.format == "torch":
-        return TorchCheckpoint(ref, located, config, key or None)
-    if key:
-        raise UnsupportedFormat(
-            f"{path} is a safetensors checkpoint, which has no entry {key!r}.", hint=f"Give {path} alone."
-        )
-    return SafetensorsCheckpoint(ref, located, config)
+    container = import_module(f"paramdiff.checkpoints.{CONTAINERS[located.format]}")
+    checkpoint: Checkpoint = container.open(ref, located, read_config(located.directory), key or None)
+    return checkpoint

@@ -15,6 +15,9 @@ from paramdiff.errors import BrokenFile
 class TensorInfo:
     """One stored tensor. `shape` is the logical shape (packed 4-bit types count elements, not bytes).
 
+    Where the values are worked out of others (dequantised weights, merged adapters), `stored` says of what, `dtype` is the
+    type in which they are given, and `codes`, if any, is the tensor of what is stored, readable by its own name.
+
     >>> TensorInfo("lm_head.weight", "BF16", (8, 4)).nbytes
     64
     """
@@ -22,6 +25,8 @@ class TensorInfo:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    stored: str | None = None
+    codes: TensorInfo | None = None
 
     @property
     def numel(self) -> int:

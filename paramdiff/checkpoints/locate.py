@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paramdiff.checkpoints import layouts
 from paramdiff.checkpoints.base import Located
 from paramdiff.errors import BrokenFile, CheckpointError, NotFound, UnsupportedFormat
 
@@ -45,15 +46,10 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.\w+")
 OTHER_FORMATS = {  # pattern → what it is; the sentence that a user of it gets
     "adapter_model.safetensors": "a PEFT adapter without its base",
     "adapter_model.bin": "a PEFT adapter without its base",
-    "*.distcp": "a torch.distributed checkpoint (DCP)",
     "*.gguf": "a GGUF file",
     "*.npz": "a numpy archive",
     "*.msgpack": "a Flax checkpoint",
     "*.h5": "a TensorFlow checkpoint",
-}
-DISTRIBUTED = {  # the same for directories; one such file may be read where it is named
-    "*_optim_states.pt": "a DeepSpeed checkpoint",
-    "model_world_size_*_rank_*.pt": "the rank files of a distributed run",
 }
 
 
@@ -74,6 +70,10 @@ def locate(ref: str) -> Located:
         raise NotFound(f"No such path: {ref} (there is no such user).") from error
     except OSError as error:  # a parent that may not be searched, a name that is too long
         raise NotFound(f"Cannot look at {ref}: {error.strerror}.") from error
+    if path.name == ".metadata" or path.suffix == ".distcp":  # parts of the directory, which is what was meant
+        return _directory(ref, path.parent)
+    if path.name.startswith("adapter_model.") and (path.parent / "adapter_config.json").exists():
+        return Located([str(path)], str(path.parent), "adapter")
     for family in FAMILIES:
         if path.name.endswith(family.index):
             return _from_index(path, family)
@@ -119,14 +119,29 @@ def _download(ref: str) -> str:
 
 def _directory(ref: str, path: Path) -> Located:
     names = sorted(entry.name for entry in path.iterdir() if not entry.is_dir())
+    distributed = layouts.recognise(path, names)
+    if distributed is not None:
+        return distributed
+    adapter = next((name for name in names if name in ("adapter_model.safetensors", "adapter_model.bin")), None)
     family = next((one for one in FAMILIES if one.weights(names) or one.indices(names)), None)
-    parts = any(name.endswith(".distcp") for name in names)  # which are the weights then, not a torch file beside them
-    if family is None or (parts and family is TORCH):
+    if family is not None:
+        located = _pick(ref, path, family, names)
+        if adapter:
+            located.warnings.append(f"{path}: {adapter} ignored; the model beside it is read without it.")
+        within = layouts.inside(path)
+        if within is not None:
+            located.warnings.append(f"{path}: {within[0].name}/ ignored; it may hold the same weights with more digits.")
+        return located
+    if adapter and "adapter_config.json" in names:
+        return Located([str(path / adapter)], str(path), "adapter")
+    within = layouts.inside(path)
+    if within is None:
         raise _nothing_in(ref, path, names)
-    located = _pick(ref, path, family, names)
-    adapter = next((name for name in names if name.startswith("adapter_model.")), None)
-    if adapter:
-        located.warnings.append(f"{path}: {adapter} ignored; the model beside it is read without it.")
+    chosen, others = within
+    located = _directory(str(chosen), chosen)
+    if others:
+        aside = ", ".join(f"{name}/" for name in others[:4])
+        located.warnings.append(f"{path}: {chosen.name}/ is read, not {aside}.")
     return located
 
 
@@ -204,23 +219,24 @@ def _chosen(directory: Path, files: list[str], weights: list[str], family: Famil
 
 
 def _nothing_in(ref: str, path: Path, names: list[str]) -> CheckpointError:
-    for pattern, kind in (OTHER_FORMATS | DISTRIBUTED).items():
+    newest = layouts.newest(path)
+    if newest is not None:
+        return NotFound(
+            f"{ref} is the directory of a run, which holds the checkpoints of several steps.",
+            hint=f"Give one of them; the newest is {path / newest}.",
+        )
+    for pattern, kind in OTHER_FORMATS.items():
         if any(Path(name).match(pattern) for name in names):
             return UnsupportedFormat(
                 f"{ref} holds {kind}, which this version does not read.", hint="Export the model as safetensors first."
             )
-    below = sorted(sub.name for sub in path.iterdir() if sub.is_dir() and _weights_in(sub))
+    below = sorted(sub.name for sub in path.iterdir() if sub.is_dir() and layouts.holds_weights(sub))
     if below:
         return NotFound(
             f"{ref} holds no weights itself, but {', '.join(below[:8])}{' …' if len(below) > 8 else ''} below it do.",
             hint=f"Give one of them: {path / below[-1]}.",
         )
     return NotFound(f"{ref} is {'an empty directory' if not names else 'a directory without weights'}.")
-
-
-def _weights_in(directory: Path) -> bool:
-    names = [entry.name for entry in directory.iterdir()]
-    return any(family.weights(names) for family in FAMILIES)
 
 
 def _kind_of(path: Path) -> str | None:

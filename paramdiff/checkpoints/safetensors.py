@@ -15,7 +15,7 @@ from typing import Any
 from paramdiff.checkpoints.base import Located, TensorInfo, check_index, check_name, strays_of
 from paramdiff.checkpoints.files import Files, OnFiles
 from paramdiff.dtypes import DTYPES
-from paramdiff.errors import BrokenFile
+from paramdiff.errors import BrokenFile, UnsupportedFormat
 
 MAX_HEADER_BYTES = 100_000_000  # the bound of the reference implementation
 MAX_RANK = 64  # dimensions: numpy's and torch's bound, and one on the work of multiplying them
@@ -28,6 +28,16 @@ class Entry:
     file: int
     start: int
     info: TensorInfo
+
+
+def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | None) -> SafetensorsCheckpoint:
+    """The entry of `checkpoints.CONTAINERS`. Raises `UnsupportedFormat` for a `key`, `BrokenFile`."""
+    if key:
+        path = ref.partition("::")[0]
+        raise UnsupportedFormat(
+            f"{path} is a safetensors checkpoint, which has no entry {key!r}.", hint=f"Give {path} alone."
+        )
+    return SafetensorsCheckpoint(ref, located, config)
 
 
 class SafetensorsCheckpoint(OnFiles):

@@ -14,6 +14,7 @@ import zipfile
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,11 @@ class Entry:
     start: int
     info: TensorInfo
     stride: tuple[int, ...] | None
+
+
+def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | None) -> TorchCheckpoint:
+    """The entry of `checkpoints.CONTAINERS`. Raises `UnsupportedFormat` or `BrokenFile`."""
+    return TorchCheckpoint(ref, located, config, key)
 
 
 class TorchCheckpoint(OnFiles):
@@ -158,7 +164,7 @@ def _member(files: Files, file: int, info: zipfile.ZipInfo) -> int:
 
 def _read_legacy(path: str, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
     """Four pickles (magic number, version, facts about the system, the content), a list of storages, then their data."""
-    with open(path, "rb") as stream:
+    with Path(path).open("rb") as stream:
         if pickles.Reader(stream, size).load() != LEGACY_MAGIC:
             raise ValueError("it is a pickle, but not one of torch.save")
         pickles.Reader(stream, size).load()

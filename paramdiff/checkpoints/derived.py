@@ -1,0 +1,98 @@
+"""Tensors worked out of stored ones while they are read: parts of fused tensors, dequantised weights, merged adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from paramdiff.checkpoints.base import Checkpoint, TensorInfo
+
+
+class Made(Protocol):
+    """A tensor made from `sources`, names of a checkpoint, any range at a time."""
+
+    @property
+    def info(self) -> TensorInfo: ...
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+
+    def read_into(self, source: Checkpoint, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes from byte `offset` on, reading no more of `source` than that takes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor of elements that are stored as they are: `extents` of (source, first byte, bytes), one after the other."""
+
+    info: TensorInfo
+    extents: tuple[tuple[str, int, int], ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for name, _, _ in self.extents))
+
+    def read_into(self, source: Checkpoint, offset: int, buffer: memoryview) -> None:
+        at, end = 0, offset + len(buffer)
+        for name, start, length in self.extents:
+            low, high = max(at, offset), min(at + length, end)
+            if low < high:
+                source.read_into(name, start + low - at, buffer[low - offset : high - offset])
+            at += length
+
+
+class Derived:
+    """A checkpoint in which `made` stand in for the tensors they are made from, and all others are as in `source`.
+
+    `also` are further checkpoints that `made` read from: verified and closed with it. See `Checkpoint` for the interface.
+    """
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        made: Iterable[Made],
+        *,
+        ref: str | None = None,
+        warnings: Sequence[str] = (),
+        also: Sequence[Checkpoint] = (),
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.ref, self.config = ref or source.ref, source.config
+        self.warnings = [*source.warnings, *(w for other in also for w in other.warnings), *warnings]
+        self._source, self._also, self._facts = source, tuple(also), dict(facts or {})
+        self._made = {one.info.name: one for one in made}
+        self._codes = {one.info.codes.name: one for one in self._made.values() if one.info.codes}
+        used = {name for one in self._made.values() for name in one.sources}
+        # Each where its first source stood, so that the order of the file is kept.
+        stood: dict[str, list[TensorInfo]] = {}
+        for one in self._made.values():
+            stood.setdefault(one.sources[0], []).append(one.info)
+        self.tensors: Mapping[str, TensorInfo] = {
+            info.name: info
+            for name, stored in source.tensors.items()
+            for info in [*([] if name in used else [stored]), *stood.get(name, [])]
+        }
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        if name in self._made:
+            self._made[name].read_into(self._source, offset, buffer)
+        elif name in self._codes:
+            self._source.read_into(self._codes[name].sources[0], offset, buffer)
+        else:
+            self._source.read_into(name, offset, buffer)
+
+    def position(self, name: str) -> tuple[int, int]:
+        return self._source.position(self._made[name].sources[0] if name in self._made else name)
+
+    def verify(self) -> None:
+        for checkpoint in (self._source, *self._also):
+            checkpoint.verify()
+
+    def facts(self) -> dict[str, Any]:
+        return {**self._source.facts(), "ref": self.ref, "tensors": len(self.tensors), **self._facts}
+
+    def close(self) -> None:
+        for checkpoint in (self._source, *self._also):
+            checkpoint.close()

@@ -1,0 +1,114 @@
+"""Directories that trainers leave behind, recognised by the names in them: which container, and in which sub-directory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from paramdiff.checkpoints.base import Located
+from paramdiff.errors import BrokenFile, UnsupportedFormat
+
+RANK_FILE = re.compile(r"model_world_size_(?P<size>\d+)_rank_(?P<rank>\d+)\.pt")
+ZERO_FILE = re.compile(r".*_optim_states\.pt")
+DCP_HF_FILE = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+STEP = re.compile(r"(?P<kind>checkpoint|global_step|step|iter|epoch|ckpt)[-_]?(?P<number>\d+)(?!\d).*")
+# Where the weights lie below the directory of one step (verl, SkyRL, NeMo-RL, prime-rl, accelerate, Megatron), in turn.
+INSIDE = ("actor", "policy", "trainer", "weights", "model", "pytorch_model_fsdp_0", "dist_ckpt", "weight", "huggingface")
+DEEPEST = 4  # directories within directories that are looked into
+MAX_TAG_BYTES = 200  # of DeepSpeed's file `latest`, which names a directory
+
+
+def recognise(path: Path, names: list[str]) -> Located | None:
+    """The checkpoint of many ranks that lies in this directory itself, or None. Raises `BrokenFile` for incomplete ones."""
+    if ".metadata" in names:
+        return Located([str(path / ".metadata")], _config_near(path), "dcp")
+    if any(name.endswith(".distcp") for name in names):
+        raise BrokenFile(
+            f"{path} holds .distcp files but no .metadata, which is written last: the save was cut short.",
+            hint="Copy the directory again, or take an earlier checkpoint.",
+        )
+    ranks = [match for name in names if (match := RANK_FILE.fullmatch(name))]
+    if ranks:
+        return Located([str(path / name) for name in _all_ranks(path, ranks)], _config_near(path), "ranks")
+    shards = [name for name in names if DCP_HF_FILE.fullmatch(name)]
+    if shards:
+        return Located([str(path / name) for name in shards], _config_near(path), "dcp_hf")
+    if any(ZERO_FILE.fullmatch(name) for name in names):
+        return Located([str(path / name) for name in names if name.endswith("_states.pt")], _config_near(path), "zero")
+    if "zero" in (entry.name for entry in path.iterdir() if entry.is_dir()) and any(path.glob("zero/*/fp32.pt")):
+        return Located([str(file) for file in sorted(path.glob("zero/*/fp32.pt"))], _config_near(path), "universal")
+    return None
+
+
+def _all_ranks(path: Path, ranks: list[re.Match[str]]) -> list[str]:
+    sizes = sorted({int(match["size"]) for match in ranks})
+    if len(sizes) > 1:
+        raise BrokenFile(
+            f"{path} holds rank files of different world sizes ({', '.join(map(str, sizes))}), so of different saves.",
+            hint="Move those of one save into a directory of their own.",
+        )
+    by_rank = {int(match["rank"]): match.string for match in ranks}
+    if len(by_rank) != len(ranks) or max(by_rank) >= sizes[0]:
+        raise BrokenFile(f"{path} holds rank files whose numbers do not fit a world size of {sizes[0]}.")
+    missing = next((rank for rank in range(sizes[0]) if rank not in by_rank), None)
+    if missing is not None:
+        raise BrokenFile(
+            f"{path} lacks the file of rank {missing} of {sizes[0]}: model_world_size_{sizes[0]}_rank_{missing}.pt.",
+            hint="Copy it from the machine that wrote it.",
+        )
+    return [by_rank[rank] for rank in range(sizes[0])]
+
+
+def _config_near(path: Path) -> str:
+    """The directory whose config.json describes these weights: their own, `huggingface` within, or those above."""
+    for directory in (path, path / "huggingface", path.parent, path.parent / "huggingface"):
+        if (directory / "config.json").is_file():
+            return str(directory)
+    return str(path)
+
+
+def inside(path: Path, depth: int = 0) -> tuple[Path, list[str]] | None:
+    """The directory below that holds the weights of this step, and the names of others beside it, or None."""
+    if depth >= DEEPEST:
+        return None
+    below = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    tags = _tags(path, below)
+    for name in [*tags, *(one for one in INSIDE if one in below)]:
+        found = path / name
+        if not holds_weights(found, depth + 1):
+            continue
+        others = [other for other in below if other != name and holds_weights(path / other, depth + 1)]
+        return found, others
+    return None
+
+
+def _tags(path: Path, below: list[str]) -> list[str]:
+    """DeepSpeed's directory within: the one that `latest` names, else the only one that there is."""
+    try:
+        with open(path / "latest", "rb") as file:
+            tag = file.read(MAX_TAG_BYTES + 1).decode("utf-8").strip()
+        if len(tag) < MAX_TAG_BYTES and tag in below:
+            return [tag]
+    except (OSError, ValueError):
+        pass
+    found = [name for name in below if any(ZERO_FILE.fullmatch(entry.name) for entry in (path / name).iterdir())]
+    return found if len(found) == 1 else []
+
+
+def holds_weights(path: Path, depth: int = 0) -> bool:
+    """True for a directory that could be read, itself or through one of those within."""
+    from paramdiff.checkpoints.locate import FAMILIES
+
+    names = [entry.name for entry in path.iterdir() if not entry.is_dir()]
+    if any(family.weights(names) for family in FAMILIES) or "adapter_config.json" in names:
+        return True
+    try:
+        return recognise(path, names) is not None or inside(path, depth) is not None
+    except (BrokenFile, UnsupportedFormat):
+        return True  # that is where the error should come from
+
+
+def newest(path: Path) -> str | None:
+    """The sub-directory of the latest step (`checkpoint-500`, `global_step_40`, …), or None."""
+    steps = [match for entry in path.iterdir() if entry.is_dir() and (match := STEP.fullmatch(entry.name))]
+    return max(steps, key=lambda match: int(match["number"])).string if steps else None
