@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,6 +85,35 @@ class Files:
         self.__dict__.update(state)
         for path in self.paths:
             self._fds.append(open_regular(path)[0])
+
+
+class Region(io.RawIOBase):
+    """A part of a file as a file of its own, for the standard library's readers."""
+
+    def __init__(self, files: Files, file: int, start: int, length: int) -> None:
+        self._files, self._file, self._start, self._length, self._at = files, file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if at < 0:
+            raise ValueError("a position before the file's beginning")
+        self._at = at
+        return at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._length - self._at)
+        data = self._files.read(self._file, self._start + self._at, left if size is None or size < 0 else min(size, left))
+        self._at += len(data)
+        return data
 
 
 class OnFiles:

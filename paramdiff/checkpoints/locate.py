@@ -70,7 +70,9 @@ def locate(ref: str) -> Located:
         raise NotFound(f"No such path: {ref} (there is no such user).") from error
     except OSError as error:  # a parent that may not be searched, a name that is too long
         raise NotFound(f"Cannot look at {ref}: {error.strerror}.") from error
-    if path.name == ".metadata" or path.suffix == ".distcp":  # parts of the directory, which is what was meant
+    if (
+        path.name == ".metadata" or path.suffix == ".distcp" or layouts.DCP_HF_FILE.fullmatch(path.name)
+    ):  # parts of the directory, which is what was meant
         return _directory(ref, path.parent)
     if path.name.startswith("adapter_model.") and (path.parent / "adapter_config.json").exists():
         return Located([str(path)], str(path.parent), "adapter")

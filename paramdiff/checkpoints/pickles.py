@@ -129,7 +129,7 @@ class Reader(pickle._Unpickler):
     def __init__(self, stream: Any, end: int) -> None:
         super().__init__(Bounded(stream, end))
         self.storages: list[Storage] = []  # all that were named so far
-        self._left = BUDGET
+        self._left = max(BUDGET, end)  # of a long pickle, as many as it has bytes
 
     def load(self) -> Any:
         try:
@@ -150,7 +150,7 @@ class Reader(pickle._Unpickler):
         _, storage, key, _location, numel = pid[:5]
         if isinstance(storage, _OpaqueType) and storage.kind.endswith("Storage"):
             raise Unsupported(f"it holds a {storage.kind}")
-        if not (isinstance(storage, _StorageType) and isinstance(key, str) and _whole(numel)):
+        if not (isinstance(storage, _StorageType) and isinstance(key, str) and is_whole(numel)):
             raise ValueError("a storage is described in an unknown way")
         if len(pid) > 5 and pid[5] is not None:
             raise ValueError("a storage is a view of another one, as torch before 0.4 wrote them")
@@ -309,9 +309,11 @@ def _named(module: str, name: str) -> Any:
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> StoredTensor:
-    if not (isinstance(storage, Storage) and all(isinstance(n, (tuple, list)) for n in (shape, stride)) and _whole(offset)):
+    if not (
+        isinstance(storage, Storage) and all(isinstance(n, (tuple, list)) for n in (shape, stride)) and is_whole(offset)
+    ):
         raise ValueError("a tensor is described in an unknown way")
-    if len(shape) != len(stride) or len(shape) >= MAX_RANK or not all(_whole(n) for n in (*shape, *stride)):
+    if len(shape) != len(stride) or len(shape) >= MAX_RANK or not all(is_whole(n) for n in (*shape, *stride)):
         raise ValueError("a tensor's shape or stride is none")
     for flags in rest:  # requires_grad, hooks, and what else it is
         if isinstance(flags, dict) and (flags.get("conj") or flags.get("neg")):
@@ -331,7 +333,8 @@ def _tensor_v3(
     return found
 
 
-def _whole(number: Any) -> bool:
+def is_whole(number: Any) -> bool:
+    """True for an integer from 0 up that a file may mean."""
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 63
 
 

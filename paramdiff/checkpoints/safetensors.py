@@ -18,6 +18,7 @@ from paramdiff.dtypes import DTYPES
 from paramdiff.errors import BrokenFile, UnsupportedFormat
 
 MAX_HEADER_BYTES = 100_000_000  # the bound of the reference implementation
+SHARDING_INFO = "DCP_SHARDING_INFO"  # of a file that holds parts of tensors, see `dcp_hf`
 MAX_RANK = 64  # dimensions: numpy's and torch's bound, and one on the work of multiplying them
 
 
@@ -32,12 +33,17 @@ class Entry:
 
 def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | None) -> SafetensorsCheckpoint:
     """The entry of `checkpoints.CONTAINERS`. Raises `UnsupportedFormat` for a `key`, `BrokenFile`."""
+    refuse_key(ref, key)
+    return SafetensorsCheckpoint(ref, located, config)
+
+
+def refuse_key(ref: str, key: str | None) -> None:
+    """Raise `UnsupportedFormat` where a place within was asked for: these files have none."""
     if key:
         path = ref.partition("::")[0]
         raise UnsupportedFormat(
             f"{path} is a safetensors checkpoint, which has no entry {key!r}.", hint=f"Give {path} alone."
         )
-    return SafetensorsCheckpoint(ref, located, config)
 
 
 class SafetensorsCheckpoint(OnFiles):
@@ -61,7 +67,12 @@ class SafetensorsCheckpoint(OnFiles):
 
     def _add_file(self, path: str, shard_of: dict[str, str] | None) -> None:
         file = self._files.add(path)
-        data_start, infos = read_header(self._files, file)
+        data_start, infos, metadata = read_header(self._files, file)
+        if SHARDING_INFO in metadata:
+            raise UnsupportedFormat(
+                f"{path} holds parts of tensors, one of the files of a sharded torch.distributed save.",
+                hint="Give the directory with all of them, named shard-00001-model-00001-of-… as they were saved.",
+            )
         strays = strays_of(shard_of, path, (info.name for info, _ in infos), self.warnings)
         for info, start in infos:
             if info.name in strays:
@@ -79,8 +90,8 @@ class SafetensorsCheckpoint(OnFiles):
         self._files.read_into(entry.file, entry.start + offset, buffer, name)
 
 
-def read_header(files: Files, file: int) -> tuple[int, list[tuple[TensorInfo, int]]]:
-    """Parse and validate a header. Returns the first data byte, and each tensor with its start relative to that.
+def read_header(files: Files, file: int) -> tuple[int, list[tuple[TensorInfo, int]], dict[str, Any]]:
+    """Parse and validate a header. Returns the first data byte, each tensor with its start relative to that, the metadata.
 
     Raises `BrokenFile` with the path, what was expected and what was found.
     """
@@ -104,11 +115,11 @@ def read_header(files: Files, file: int) -> tuple[int, list[tuple[TensorInfo, in
         raise BrokenFile(f"The header of {path} is not valid: {_first_line(error)}.") from error
     if not isinstance(header, dict):
         raise BrokenFile(f"The header of {path} is not a JSON object.")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     data_bytes = size - 8 - length
     spans = [_entry(name, value, data_bytes, path) for name, value in header.items()]
     _check_layout(spans, data_bytes, path)
-    return 8 + length, [(info, start) for info, start, _ in spans]
+    return 8 + length, [(info, start) for info, start, _ in spans], metadata if isinstance(metadata, dict) else {}
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

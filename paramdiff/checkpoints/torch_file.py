@@ -13,6 +13,7 @@ import struct
 import zipfile
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 
 from paramdiff.checkpoints import pickles
 from paramdiff.checkpoints.base import Located, TensorInfo, check_index, check_name, strays_of
-from paramdiff.checkpoints.files import Files, OnFiles
+from paramdiff.checkpoints.files import Files, OnFiles, Region
 from paramdiff.checkpoints.pickles import Opaque, StoredTensor
 from paramdiff.dtypes import DTYPES
 from paramdiff.errors import BrokenFile, CheckpointError, UnsupportedFormat
@@ -32,6 +33,7 @@ NESTS = ("state_dict", "model_state_dict", "model", "module", "model_weights", "
 NOT_WEIGHTS = re.compile(
     r"(^|_|\b)(optim\w*|(lr_)?sched\w*|scaler|rng\w*|ema|args|hyper\w*|loops|callbacks)($|_|\b)", re.IGNORECASE
 )
+Storages = Mapping[str, tuple[int, int]]  # (first byte, bytes) of each, by its key
 DEEPEST = 3  # mappings within mappings in which weights are looked for
 
 
@@ -86,7 +88,7 @@ class TorchCheckpoint(OnFiles):
                 raise BrokenFile(
                     f"Tensor {name!r} is stored twice, in {other} and in {path}.", hint="Name the one file to read."
                 )
-            self._entries[name] = _entry(name, tensor, file, storages, path)
+            self._entries[name] = entry_of(name, tensor, file, storages, path)
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         entry = self._entries[name]
@@ -101,27 +103,50 @@ class TorchCheckpoint(OnFiles):
         buffer[:] = view.flat[offset : offset + len(buffer)].tobytes()  # copies this range alone
 
 
-def read_file(files: Files, file: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+def read_file(files: Files, file: int) -> tuple[Any, Storages]:
     """What a file holds, with tensors as `StoredTensor`, and (first byte, bytes) of every storage by its key.
 
     Raises `BrokenFile` or `UnsupportedFormat`.
     """
-    path = files.paths[file]
     begin = files.read(file, 0, 4)
+    if begin[:1] == b"\x80":  # a pickle, of protocol 2 or later
+        with _refusals(files.paths[file]):
+            return _read_legacy(files.paths[file], files.size(file))
+    if begin[:2] != b"PK":
+        raise BrokenFile(f"{files.paths[file]} is no file of torch.save: it begins with {begin!r}.")
+    return read_archive(files, file, 0, files.size(file))
+
+
+def read_archive(
+    files: Files, file: int, offset: int, length: int, seen: dict[bytes, Any] | None = None
+) -> tuple[Any, Storages]:
+    """The same for an archive of torch.save that is a part of a file. `seen` keeps what pickles held, where many are alike.
+
+    Raises `BrokenFile` or `UnsupportedFormat`.
+    """
+    path = files.paths[file] + (f" at byte {offset:,}" if offset else "")
+    if offset + length > files.size(file):
+        raise BrokenFile(
+            f"{path} is truncated: {length:,} bytes should be there, but the file has {files.size(file):,}.",
+            hint="Copy it again.",
+        )
+    with _refusals(path):
+        return _read_zip(path, files, file, offset, length, {} if seen is None else seen)
+
+
+@contextmanager
+def _refusals(path: str) -> Iterator[None]:
+    """Turn whatever goes wrong in reading `path` into a sentence."""
     try:
-        if begin[:2] == b"PK":
-            return _read_zip(path, files, file)
-        if begin[:1] == b"\x80":  # a pickle, of protocol 2 or later
-            return _read_legacy(path, files.size(file))
+        yield
     except (pickles.Refused, pickles.Unsupported) as error:
         raise UnsupportedFormat(f"{path} is not read: {error}.", hint="Export the weights as safetensors.") from error
     except (ValueError, zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, OverflowError, OSError) as error:
         raise BrokenFile(f"{path} is damaged or no torch file: {str(error)[:200] or type(error).__name__}.") from error
-    raise BrokenFile(f"{path} is no file of torch.save: it begins with {begin!r}.")
 
 
-def _read_zip(path: str, files: Files, file: int) -> tuple[Any, dict[str, tuple[int, int]]]:
-    with zipfile.ZipFile(path) as archive:
+def _read_zip(path: str, files: Files, file: int, offset: int, length: int, seen: dict[bytes, Any]) -> tuple[Any, Storages]:
+    with zipfile.ZipFile(Region(files, file, offset, length)) as archive:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise UnsupportedFormat(f"{path} is a TorchScript archive.", hint="Save its state_dict() and compare that.")
         members: dict[str, zipfile.ZipInfo] = {}
@@ -142,27 +167,30 @@ def _read_zip(path: str, files: Files, file: int) -> tuple[Any, dict[str, tuple[
             raise UnsupportedFormat(
                 f"{path} was written on a big-endian machine.", hint="Save it again on a little-endian one."
             )
-        content = pickles.load(archive.read(members[pickled[0]]))
+        data = archive.read(members[pickled[0]])
+    if data not in seen:
+        seen[data] = pickles.load(data)
     storages = {}
     for name, info in members.items():
         if name.startswith(f"{root}data/"):
-            storages[name.removeprefix(f"{root}data/")] = _member(files, file, info), info.file_size
-    return content, storages
+            start = _member(files, file, info, offset, offset + length)
+            storages[name.removeprefix(f"{root}data/")] = start, info.file_size
+    return seen[data], storages
 
 
-def _member(files: Files, file: int, info: zipfile.ZipInfo) -> int:
+def _member(files: Files, file: int, info: zipfile.ZipInfo, offset: int, end: int) -> int:
     """Where a member's data begin: after its local header, whose lengths may differ from the directory's."""
-    header = files.read(file, info.header_offset, 30)
+    header = files.read(file, offset + info.header_offset, 30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise ValueError(f"its member {info.filename[:80]} is not where the directory says")
     name, extra = struct.unpack("<HH", header[26:30])
-    start = int(info.header_offset + 30 + name + extra)
-    if start + info.file_size > files.size(file):
+    start = int(offset + info.header_offset + 30 + name + extra)
+    if start + info.file_size > end:
         raise ValueError(f"its member {info.filename[:80]} ends beyond the file")
     return start
 
 
-def _read_legacy(path: str, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _read_legacy(path: str, size: int) -> tuple[Any, Storages]:
     """Four pickles (magic number, version, facts about the system, the content), a list of storages, then their data."""
     with Path(path).open("rb") as stream:
         if pickles.Reader(stream, size).load() != LEGACY_MAGIC:
@@ -269,7 +297,8 @@ def _choose(found: Mapping[str, Mapping[Any, Any]], path: str) -> str:
     )
 
 
-def _entry(name: str, tensor: StoredTensor, file: int, storages: Mapping[str, tuple[int, int]], path: str) -> Entry:
+def entry_of(name: str, tensor: StoredTensor, file: int, storages: Storages, path: str) -> Entry:
+    """Where a tensor of file number `file` lies, checked against its storage. Raises `BrokenFile` or `UnsupportedFormat`."""
     check_name(name, path)
     if tensor.dtype is None or tensor.dtype not in DTYPES:
         raise UnsupportedFormat(f"Tensor {name!r} in {path} has an element type that this version does not know.")
