@@ -384,3 +384,25 @@ def test_offsets_of_sharded_safetensors_are_checked(tmp_path: Path) -> None:
             checkpoints.open(str(tmp_path))
     shard(2, {"w": {"saved_offsets": [2, 0]}})
     assert_same(checkpoints.open(str(tmp_path)), {"w": torch.ones(4, 2)})
+
+
+# --- Megatron ------------------------------------------------------------------------------------
+
+
+def test_megatron_torch_dist_is_the_same_container() -> None:
+    """Written by tests/real/make_megatron.py; the layers lie stacked under one key."""
+    checkpoint = checkpoints.open(str(ROOT / "tests/real/megatron/iter_0000002"))
+
+    def counted(first: int, *shape: int) -> torch.Tensor:
+        return torch.arange(first, first + shape[0] * shape[1], dtype=torch.float32).reshape(shape)
+
+    assert_same(
+        checkpoint,
+        {
+            "embedding.word_embeddings.weight": counted(0, 12, 4),
+            "decoder.layers.mlp.linear_fc1.weight": torch.stack([counted(1000 + 100 * n, 8, 4) for n in range(3)]),
+            "decoder.layers.self_attention.linear_proj.weight": torch.stack(
+                [counted(2000 + 100 * n, 4, 4) for n in range(3)]
+            ),
+        },
+    )
