@@ -33,7 +33,7 @@ TORCH_DTYPES = {
     "float8_e8m0fnu": "F8_E8M0",
 }  # fmt: skip
 FRAMEWORKS = (
-    "torch", "deepspeed", "transformers", "accelerate", "megatron", "numpy", "trl", "peft", "verl", "lightning",
+    "torch", "__torch__", "deepspeed", "transformers", "accelerate", "megatron", "numpy", "trl", "peft", "verl", "lightning",
     "pytorch_lightning", "omegaconf", "pathlib", "argparse", "datetime", "typing", "functools", "enum", "bitsandbytes",
 )  # fmt: skip
 PLAIN_TENSORS = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch.nn.Buffer"}

@@ -34,6 +34,7 @@ NOT_WEIGHTS = re.compile(
     r"(^|_|\b)(optim\w*|(lr_)?sched\w*|scaler|rng\w*|ema|args|hyper\w*|loops|callbacks)($|_|\b)", re.IGNORECASE
 )
 Storages = Mapping[str, tuple[int, int]]  # (first byte, bytes) of each, by its key
+MOST_MODULES = 10_000  # of a TorchScript archive
 DEEPEST = 3  # mappings within mappings in which weights are looked for
 
 
@@ -147,14 +148,13 @@ def _refusals(path: str) -> Iterator[None]:
 
 def _read_zip(path: str, files: Files, file: int, offset: int, length: int, seen: dict[bytes, Any]) -> tuple[Any, Storages]:
     with zipfile.ZipFile(Region(files, file, offset, length)) as archive:
-        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            raise UnsupportedFormat(f"{path} is a TorchScript archive.", hint="Save its state_dict() and compare that.")
         members: dict[str, zipfile.ZipInfo] = {}
         for info in archive.infolist():
             if info.filename in members:
                 raise ValueError(f"it holds {info.filename[:80]} twice")
             members[info.filename] = info
-            if info.flag_bits & 1 or info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+            if "/code/" not in info.filename and (info.flag_bits & 1 or not stored):
                 raise UnsupportedFormat(f"{path} is compressed or encrypted.", hint="Save it again with torch.save.")
         pickled = [name for name in members if name.split("/", 1)[-1] == "data.pkl"]
         if len(pickled) != 1:
@@ -170,12 +170,32 @@ def _read_zip(path: str, files: Files, file: int, offset: int, length: int, seen
         data = archive.read(members[pickled[0]])
     if data not in seen:
         seen[data] = pickles.load(data)
+        if f"{root}constants.pkl" in members:
+            seen[data] = _of_script(seen[data])
     storages = {}
     for name, info in members.items():
         if name.startswith(f"{root}data/"):
             start = _member(files, file, info, offset, offset + length)
             storages[name.removeprefix(f"{root}data/")] = start, info.file_size
     return seen[data], storages
+
+
+def _of_script(module: Any) -> dict[str, StoredTensor]:
+    """The parameters and buffers of a TorchScript module by their names; the code beside them is not looked at."""
+    if not isinstance(module, Opaque):
+        raise ValueError("it looks like TorchScript, but holds no module")
+    found: dict[str, StoredTensor] = {}
+    pending = deque([("", module)])
+    for _ in range(MOST_MODULES):
+        if not pending:
+            return found
+        prefix, module = pending.popleft()
+        for name, value in module.state.items() if isinstance(module.state, Mapping) else ():
+            if isinstance(value, StoredTensor):
+                found[f"{prefix}{name}"] = value
+            elif isinstance(value, Opaque) and value.kind.startswith("__torch__."):
+                pending.append((f"{prefix}{name}.", value))
+    raise ValueError("its modules hold one another without end")
 
 
 def _member(files: Files, file: int, info: zipfile.ZipInfo, offset: int, end: int) -> int:

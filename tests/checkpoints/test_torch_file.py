@@ -995,9 +995,17 @@ def test_an_archive_of_anything_else(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_torchscript_archive(tmp_path):
-    path = tmp_path / "x.pt"
-    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
-    assert "TorchScript" in error(UnsupportedFormat, path)
+    inner = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4).bfloat16(), inner, inner[0])
+    torch.jit.script(module).save(str(tmp_path / "x.pt"))
+    assert check(tmp_path / "x.pt", module.state_dict()) == []
+
+
+def test_modules_of_a_script_that_hold_one_another(tmp_path):
+    module = call(named("__torch__", "M"))
+    itself = h.built(module + h.put(7), h.mapping({"w": tensor(), "m": h.get(7)}))
+    h.raw_zip(tmp_path / "x.pt", [*members(h.whole(itself)), Member("archive/constants.pkl", b"N.")])
+    assert "without end" in error(BrokenFile, tmp_path / "x.pt")
 
 
 NO_TORCH_FILES = {
