@@ -11,6 +11,12 @@ from paramdiff.errors import BrokenFile, UnsupportedFormat
 RANK_FILE = re.compile(r"model_world_size_(?P<size>\d+)_rank_(?P<rank>\d+)\.pt")
 ZERO_FILE = re.compile(r".*_optim_states\.pt")
 DCP_HF_FILE = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+UNREAD = {  # files or directories whose several parts make up one model → what they are, and the way out
+    r"mp_rank_\d\d(_\d+)*": ("the parts of Megatron's old format", "Convert it to torch_dist or to Hugging Face first."),
+    r"pytorch_model_fsdp_\d+_rank\d+\.bin": (
+        "the parts that FSDP saves as LOCAL_STATE_DICT", "Save with SHARDED_STATE_DICT or FULL_STATE_DICT.",
+    ),
+}  # fmt: skip
 STEP = re.compile(r"(?P<kind>checkpoint|global_step|step|iter|epoch|ckpt)[-_]?(?P<number>\d+)(?!\d).*")
 # Where the weights lie below the directory of one step (verl, SkyRL, NeMo-RL, prime-rl, accelerate, Megatron), in turn.
 INSIDE = ("actor", "policy", "trainer", "weights", "model", "pytorch_model_fsdp_0", "dist_ckpt", "weight", "huggingface")
@@ -19,7 +25,17 @@ MAX_TAG_BYTES = 200  # of DeepSpeed's file `latest`, which names a directory
 
 
 def recognise(path: Path, names: list[str]) -> Located | None:
-    """The checkpoint of many ranks that lies in this directory itself, or None. Raises `BrokenFile` for incomplete ones."""
+    """The checkpoint of many ranks that lies in this directory itself, or None.
+
+    Raises `BrokenFile` for incomplete ones, `UnsupportedFormat` for kinds that are known but not read.
+    """
+    everything = [entry.name for entry in path.iterdir()]
+    for pattern, (kind, way_out) in UNREAD.items():
+        parts = [name for name in everything if re.fullmatch(pattern, name)]
+        if len(parts) > 1:
+            raise UnsupportedFormat(
+                f"{path} holds {kind} ({len(parts)} of them), which this version does not read.", hint=way_out
+            )
     if ".metadata" in names:
         return Located([str(path / ".metadata")], _config_near(path), "dcp")
     if any(name.endswith(".distcp") for name in names):

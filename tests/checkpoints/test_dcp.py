@@ -406,3 +406,20 @@ def test_megatron_torch_dist_is_the_same_container() -> None:
             ),
         },
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "word"),
+    [
+        (["mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"], "Megatron's old format"),
+        (["mp_rank_00_000/model_optim_rng.pt", "mp_rank_00_001/model_optim_rng.pt"], "Megatron's old format"),
+        (["pytorch_model_fsdp_0_rank0.bin", "pytorch_model_fsdp_0_rank1.bin"], "LOCAL_STATE_DICT"),
+    ],
+)
+def test_parts_that_are_not_read_are_named_with_the_way_out(tmp_path: Path, names: list[str], word: str) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save({"model": model()}, tmp_path / name)
+    with pytest.raises(UnsupportedFormat, match=word) as caught:
+        checkpoints.open(str(tmp_path))
+    assert caught.value.hint
