@@ -143,8 +143,8 @@ def open_regular(path: str) -> tuple[int, os.stat_result]:
     """Open a regular file for sequential reading. Raises `BrokenFile` for anything else; a pipe cannot hang it."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise BrokenFile(f"Cannot read {path}: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # the latter: a name that no file can have
+        raise BrokenFile(f"Cannot read {path}: {getattr(error, 'strerror', error)}.") from error
     stat = os.fstat(fd)
     if not S_ISREG(stat.st_mode):
         os.close(fd)

@@ -1,0 +1,31 @@
+"""A short round of tests/fuzz.py, in a process of its own because it limits memory and listens to everything."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.checkpoints.test_dcp import LAYOUTS, model, write
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_are_read_or_refused(tmp_path: Path) -> None:
+    write(tmp_path / "dcp", LAYOUTS["prime-rl"](model()))
+    (tmp_path / "safetensors").mkdir()
+    save_file(model(), str(tmp_path / "safetensors" / "model.safetensors"))
+    (tmp_path / "torch").mkdir()
+    torch.save({"model": model()}, tmp_path / "torch" / "pytorch_model.bin")
+    corpus = [tmp_path / "dcp", tmp_path / "safetensors", tmp_path / "torch", ROOT / "tests/real/megatron/iter_0000002"]
+    told = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", *map(str, corpus), "--seconds", "6"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stdout[-4000:] + told.stderr[-2000:]
+    assert ", 0 of them" in told.stdout
