@@ -44,8 +44,8 @@ FAMILIES = (SAFETENSORS, TORCH)  # where a directory holds both, the first is re
 MAX_JSON_BYTES = 100_000_000  # of an index or a config
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.\w+")
 OTHER_FORMATS = {  # pattern → what it is; the sentence that a user of it gets
-    "adapter_model.safetensors": "a PEFT adapter without its base",
-    "adapter_model.bin": "a PEFT adapter without its base",
+    "adapter_model.safetensors": "a PEFT adapter without its adapter_config.json",
+    "adapter_model.bin": "a PEFT adapter without its adapter_config.json",
     "*.gguf": "a GGUF file",
     "*.npz": "a numpy archive",
     "*.msgpack": "a Flax checkpoint",

@@ -191,7 +191,7 @@ def test_directory_without_weights(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("m.gguf", "GGUF"), ("__0_0.distcp", "DCP"), ("adapter_model.bin", "PEFT"), ("x.npz", "numpy")],
+    [("m.gguf", "GGUF"), ("adapter_model.bin", "PEFT"), ("x.npz", "numpy")],
 )
 def test_other_formats(tmp_path, name, kind):
     (tmp_path / name).write_bytes(b"x")

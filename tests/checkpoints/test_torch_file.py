@@ -684,7 +684,6 @@ def test_a_directory_of_companions_alone(tmp_path):
 
 def test_the_module_of_a_deepspeed_directory(tmp_path):
     saved(tmp_path / "mp_rank_00_model_states.pt", {"module": MODEL, "optimizer": None, "ds_version": "0.19.8"})
-    saved(tmp_path / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", {"optimizer_state_dict": TRAINED["optimizer"]})
     assert check(tmp_path, MODEL) == []
 
 

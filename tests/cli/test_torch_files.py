@@ -92,9 +92,3 @@ def test_a_torch_file_is_compared_as_safetensors_are(tmp_path: Path) -> None:
     torch.save({"model": load_file(BASE / "model.safetensors"), "step": 3}, tmp_path / "run.pt")
     told = run_json("sparsity", tmp_path / "run.pt", SAMPLE / "rl-sgd")
     assert told["changed"] == run_json("sparsity", BASE, SAMPLE / "rl-sgd")["changed"] == 105_071
-
-
-@pytest.mark.parametrize("name", ["model_world_size_2_rank_0.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"])
-def test_a_directory_of_parts_of_a_distributed_run_is_named(tmp_path: Path, name: str) -> None:
-    torch.save({"w": torch.ones(4)}, tmp_path / name)
-    assert_sentence(run("sparsity", tmp_path, BASE), 2, str(tmp_path), "does not read")
