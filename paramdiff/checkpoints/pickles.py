@@ -293,7 +293,8 @@ def _named(module: str, name: str) -> Any:
     if module in ("builtins", "__builtin__") and name in PLAIN:
         return PLAIN[name]
     if (module, name) in (("_codecs", "encode"), ("builtins", "bytearray"), ("builtins", "bytes"),
-                          ("__builtin__", "bytearray"), ("__builtin__", "bytes")):  # fmt: skip
+                          ("__builtin__", "bytearray"), ("__builtin__", "bytes"),
+                          ("builtins", "getattr"), ("__builtin__", "getattr")):  # fmt: skip
         return _Call(name)
     if f"{module}.{name}" in _REBUILDERS:
         return _Call(f"{module}.{name}")
@@ -303,7 +304,7 @@ def _named(module: str, name: str) -> Any:
         return _OpaqueType(f"collections.{name}")
     if module == "torch" and name in TORCH_DTYPES:
         return _DtypeName(TORCH_DTYPES[name])
-    if module.split(".")[0] in FRAMEWORKS or (module in ("builtins", "__builtin__") and name == "getattr"):
+    if module.split(".")[0] in FRAMEWORKS:
         return _OpaqueType(f"{module}.{name}")
     raise Refused(f"it names {module}.{name}, which no checkpoint needs and which is not executed")
 
@@ -351,6 +352,13 @@ def _typed(function: Any, kind: Any, args: Any, state: Any) -> Any:
     return Opaque(name, (made,), state, holds_tensor=True)
 
 
+def _nested(kind: Any, name: Any) -> _OpaqueType:
+    """A class within a class of a framework, which old protocols write as getattr(outer, "Inner")."""
+    if not (isinstance(kind, _OpaqueType) and isinstance(name, str)):
+        raise Refused("it asks for an attribute of something that is no class")
+    return _OpaqueType(f"{kind.kind}.{name[:100]}")
+
+
 def _encode(text: Any, _encoding: Any = "latin1") -> bytes:
     if not isinstance(text, str):
         raise ValueError("bytes are described in an unknown way")
@@ -373,6 +381,7 @@ _REBUILDERS: dict[str, Any] = {
     "torch._utils._rebuild_parameter_with_state": _same,
     "torch._tensor._rebuild_from_type_v2": _typed,
     "torch.Size": lambda sizes=(): tuple(sizes),
+    "getattr": _nested,
     "encode": _encode,
     "bytes": _bytes,
     "bytearray": lambda *args: bytearray(_bytes(*args)),

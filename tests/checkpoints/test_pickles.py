@@ -121,7 +121,7 @@ ELSEWHERE = [
     ("paramdiff.checkpoints.pickles", "load"), ("paramdiff", "compare"), ("torchx", "load"), ("xtorch.hub", "load"),
 ]  # fmt: skip
 FRAMEWORKS = [
-    ("builtins", "getattr"), ("torch.hub", "load"), ("torch", "load"), ("torch.serialization", "load"),
+    ("torch.hub", "load"), ("torch", "load"), ("torch.serialization", "load"),
     ("torch", "os.system"), ("torch", "_utils.sys.modules"),
     ("torch._utils", "_rebuild_tensor_v2.__globals__"), ("torch._utils", "_import_dotted_name"),
     ("torch.utils.cpp_extension", "load_inline"), ("torch.jit", "load"), ("torch.storage", "_load_from_bytes"),
@@ -567,3 +567,13 @@ def test_random_bytes(content):
         pickles.load(content)
     except ValueError as error:
         assert str(error)  # noqa: PT017
+
+
+def test_getattr_names_a_class_within_a_class_and_nothing_else():
+    """As the pickles of ShardedTensor do. Of anything but a framework's class it is refused."""
+    ask = named("builtins", "getattr")
+    inner = pickles.load(h.whole(call(call(ask, named("torch.x", "Outer"), value("Inner")), value(1))))
+    assert (inner.kind, inner.args) == ("torch.x.Outer.Inner", (1,))
+    for thing in (value("text"), value(3), call(ORDERED), named("torch._utils", "_rebuild_tensor_v2"), ORDERED, tensor()):
+        with pytest.raises(pickles.Refused):
+            pickles.load(h.whole(call(ask, thing, value("__class__"))))
