@@ -69,8 +69,7 @@ def compare(
     chosen = select(measures, options)
     sides: list[checkpoints.Checkpoint] = []
     try:
-        for ref in (base, tuned):
-            sides.append(checkpoints.open(fspath(ref)))
+        sides.extend(checkpoints.open_pair(fspath(base), fspath(tuned)))
         alignment = align(sides[0], sides[1], include=include, exclude=exclude, resized=compat is None)
         # polars takes longer to import than a small model to compare: let it, beside the reading.
         background = Thread(target=_import_tables, daemon=True)  # for whose end Ctrl-C need not wait

@@ -7,7 +7,7 @@ from importlib import import_module
 from paramdiff.checkpoints.base import Checkpoint, TensorInfo
 from paramdiff.checkpoints.locate import locate, read_config
 
-__all__ = ["Checkpoint", "TensorInfo", "open"]
+__all__ = ["Checkpoint", "TensorInfo", "open", "open_pair"]
 
 # What `locate` calls a format → the module whose `open(ref, located, config, key)` reads it, imported when it is met.
 CONTAINERS = {
@@ -40,3 +40,24 @@ def open(ref: str) -> Checkpoint:
     container = import_module(f"paramdiff.checkpoints.{CONTAINERS[located.format]}")
     checkpoint: Checkpoint = container.open(ref, located, read_config(located.directory), key or None)
     return checkpoint
+
+
+def open_pair(base: str, tuned: str) -> tuple[Checkpoint, Checkpoint]:
+    """Open two checkpoints that are to be compared. An adapter against a model is added to that model.
+
+    Raises what `open` does, and `PairingError` where the two cannot stand side by side.
+    """
+    first = open(base)
+    second = None
+    try:
+        second = open(tuned)
+        if "lora" in (first.facts()["format"], second.facts()["format"]):
+            from paramdiff.checkpoints import adapters
+
+            return first, adapters.beside(first, second, lambda: open(base))
+        return first, second
+    except BaseException:
+        first.close()
+        if second is not None:
+            second.close()
+        raise

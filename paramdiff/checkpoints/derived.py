@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,7 +46,8 @@ class View:
 class Derived:
     """A checkpoint in which `made` stand in for the tensors they are made from, and all others are as in `source`.
 
-    `also` are further checkpoints that `made` read from: verified and closed with it. See `Checkpoint` for the interface.
+    Those named in `keep` stay beside what was made of them. `also` are further checkpoints that `made` read from, verified
+    and closed with it. See `Checkpoint` for the interface.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Derived:
         ref: str | None = None,
         warnings: Sequence[str] = (),
         also: Sequence[Checkpoint] = (),
+        keep: Collection[str] = (),
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.ref, self.config = ref or source.ref, source.config
@@ -64,7 +66,7 @@ class Derived:
         self._source, self._also, self._facts = source, tuple(also), dict(facts or {})
         self._made = {one.info.name: one for one in made}
         self._codes = {one.info.codes.name: one for one in self._made.values() if one.info.codes}
-        used = {name for one in self._made.values() for name in one.sources}
+        used = {name for one in self._made.values() for name in one.sources} - set(keep)
         # Each where its first source stood, so that the order of the file is kept.
         stood: dict[str, list[TensorInfo]] = {}
         for one in self._made.values():
