@@ -97,6 +97,8 @@ def identity(tensor: Aligned) -> dict[str, Any]:
         "dtype_base": base.dtype,
         "dtype_tuned": tuned.dtype,
         "compared_in": {"f32": "float32", "f64": "float64", "i64": "int64"}[tensor.compute],
+        "stored_base": base.stored,
+        "stored_tuned": tuned.stored,
         "numel": tensor.numel,
         "pairing_rule": tensor.rule,
         "name_base": base.name,

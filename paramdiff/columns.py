@@ -15,6 +15,11 @@ IDENTITY = {
     "shape": ("List(Int64)", "shape that was compared: the common part where a vocabulary was resized"),
     "dtype_base": ("String", "stored element type of the base, as safetensors names it"),
     "dtype_tuned": ("String", "stored element type of the tuned side"),
+    "stored_base": (
+        "String",
+        "format that the base's values are worked out from while they are read (fp8_block, nf4, lora)",
+    ),
+    "stored_tuned": ("String", "the same of the tuned side"),
     "compared_in": ("String", "arithmetic of the comparison: float32, float64 or int64"),
     "numel": ("Int64", "compared elements, n"),
     "pairing_rule": ("String", "same_name, wrapper_stripped, tied_head, resized_vocabulary, or several joined by +"),

@@ -98,6 +98,17 @@ def _import_tables() -> None:
         import_module("paramdiff.diff")
 
 
+def _quantisation(alignment: Alignment) -> list[str]:
+    """What to say where one side is quantised and the other not, or otherwise."""
+    kinds = {
+        tuple(side.stored or side.dtype for side in tensor.sides)
+        for tensor in alignment.tensors
+        if len({side.stored for side in tensor.sides} - {"lora", "dora"}) > 1
+    }
+    listed = ", ".join(sorted(f"{base} against {tuned}" for base, tuned in kinds))
+    return [f"The change contains the error of quantisation: {listed}."] if kinds else []
+
+
 def _diff(alignment: Alignment, result: Collected, asked: dict[str, Any]) -> Diff:
     from paramdiff import tables
     from paramdiff.diff import Diff
@@ -111,7 +122,7 @@ def _diff(alignment: Alignment, result: Collected, asked: dict[str, Any]) -> Dif
         "base": base.facts(),
         "tuned": tuned.facts(),
         "options": asked | {"device": result.device},
-        "warnings": [*base.warnings, *tuned.warnings],
+        "warnings": [*base.warnings, *tuned.warnings, *_quantisation(alignment)],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "started": result.started.isoformat(timespec="seconds"),
         "bytes_read": result.bytes_read,

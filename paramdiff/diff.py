@@ -12,6 +12,7 @@ import polars as pl
 from paramdiff import tables
 from paramdiff.errors import OptionError
 from paramdiff.output import load_tables, save_tables
+from paramdiff.pairing import CODES
 
 Ref = str | PathLike[str]
 
@@ -109,6 +110,8 @@ class Diff:
             result[name] = total[name]
         if self.run["options"]["compat"]:
             result["compat"] = self.run["options"]["compat"]
+        stored = {side: self._weights[f"stored_{side}"].drop_nulls().unique().sort() for side in ("base", "tuned")}
+        result |= {f"stored_{side}": "+".join(kinds) for side, kinds in stored.items() if len(kinds)} | self._codes()
         result["coverage"] = self._coverage()
         return result | {"bytes_read": self.run["bytes_read"], "seconds": self.run["seconds"]}
 
@@ -117,16 +120,28 @@ class Diff:
         save_tables(Path(fspath(directory)), self.tables, self.run)
 
     def _dtypes(self, column: str) -> str:
-        counts = self.tensors.group_by(column).agg(pl.col("numel").sum()).sort(["numel", column], descending=[True, False])
+        counts = self._weights.group_by(column).agg(pl.col("numel").sum()).sort(["numel", column], descending=[True, False])
         return "+".join(counts[column])
+
+    @property
+    def _weights(self) -> pl.DataFrame:
+        """The rows of weights, without those that compare the codes of quantised ones."""
+        return self.tensors.filter(pl.col("pairing_rule") != CODES)
+
+    def _codes(self) -> dict[str, Any]:
+        """How many codes of quantised weights changed; nothing where no two sides were stored in one format."""
+        rows = self.tensors.filter(pl.col("pairing_rule") == CODES)
+        if not rows.height:
+            return {}
+        return {"codes": int(rows["numel"].sum()), "codes_changed": int(rows["changed_bits"].sum())}
 
     def _coverage(self) -> dict[str, Any]:
         def names(reason: str) -> list[str]:
             return self.coverage.filter(pl.col("reason") == reason)["name"].unique(maintain_order=True).to_list()
 
         lists = {r: names(r) for r in ("only_base", "only_tuned", "shape_mismatch", "not_numeric", "resized")}
-        tied = self.tensors.filter(pl.col("duplicate_of").is_not_null())["name"].to_list()
-        return {"compared": self.tensors.height, **lists, "tied": tied, "excluded": len(names("excluded"))}
+        tied = self._weights.filter(pl.col("duplicate_of").is_not_null())["name"].to_list()
+        return {"compared": self._weights.height, **lists, "tied": tied, "excluded": len(names("excluded"))}
 
     def __repr__(self) -> str:
         total = self.by().row(0, named=True)

@@ -15,6 +15,7 @@ from paramdiff.checkpoints import Checkpoint, TensorInfo
 from paramdiff.dtypes import Compute, compute_type
 from paramdiff.errors import NothingToCompare, OptionError, PairingError
 
+CODES = "codes"  # the rule of a row that compares what is stored of two quantised weights
 REASONS = {
     "only_base": "only in the base",
     "only_tuned": "only in the tuned side",
@@ -44,6 +45,11 @@ class Aligned:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def is_codes(self) -> bool:
+        """True for what is stored of a quantised weight, compared beside its values and left out of every total."""
+        return self.rule == CODES
 
     @property
     def is_matrix(self) -> bool:
@@ -272,6 +278,10 @@ def _pair(
             )
         )
     plan.tensors.append(Aligned(name, infos, shape, rule, compute))
+    if a.codes and b.codes and a.stored == b.stored and a.codes.shape == b.codes.shape and a.shape == shape:
+        codes = compute_type(a.codes.type, b.codes.type)
+        assert codes is not None
+        plan.tensors.append(Aligned(a.codes.name, (a.codes, b.codes), a.codes.shape, CODES, codes, duplicate_of=name))
 
 
 def _of(stored: Sequence[str], base: TensorInfo, tuned: TensorInfo) -> list[tuple[str, TensorInfo]]:

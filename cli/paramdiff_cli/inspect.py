@@ -58,7 +58,15 @@ def _facts(checkpoint: Checkpoint, shown: list[Any]) -> dict[str, Any]:
     return {
         **checkpoint.facts(),
         "tensors": [
-            {"name": i.name, "dtype": i.dtype, "shape": list(i.shape), "numel": i.numel, "bytes": i.nbytes} for i in shown
+            {
+                "name": i.name,
+                "dtype": i.dtype,
+                "stored": i.stored,
+                "shape": list(i.shape),
+                "numel": i.numel,
+                "bytes": i.nbytes,
+            }
+            for i in shown
         ],
         "numel": sum(info.numel for info in shown),
         "bytes": sum(info.nbytes for info in shown),
@@ -73,5 +81,11 @@ def _table(shown: list[Any]) -> Table:
     table = render.make_table(["tensor", "type", "shape", "elements", "bytes"], right_from=2)
     for info in shown:
         shape = " × ".join(map(str, info.shape)) or "scalar"
-        table.add_row(render.plain(info.name), info.dtype, shape, f"{info.numel:,}", f"{info.nbytes:,}")
+        table.add_row(
+            render.plain(info.name),
+            f"{info.dtype} ({info.stored})" if info.stored else info.dtype,
+            shape,
+            f"{info.numel:,}",
+            f"{info.nbytes:,}",
+        )
     return table

@@ -83,6 +83,9 @@ def heading(diff: Diff) -> Text:
     summary = diff.summary()
     types = summary["dtype_base"], summary["dtype_tuned"]
     said = f"both sides stored in {types[0]}" if types[0] == types[1] else f"base stored in {types[0]}, tuned in {types[1]}"
+    for side in ("base", "tuned"):
+        if f"stored_{side}" in summary:
+            said += f" ({side}: {summary[f'stored_{side}'].replace('+', ', ')})"
     plural = "" if summary["tensors"] == 1 else "s"
     return Text(
         f"base   {sink.printable(summary['base'])}\ntuned  {sink.printable(summary['tuned'])}\n"
@@ -118,6 +121,8 @@ def magnitudes(diff: Diff) -> Text:
     for side in ("base", "tuned"):
         if summary[f"nonfinite_{side}"]:
             parts.append(f"{summary[f'nonfinite_{side}']:,} NaN or infinite in the {side} side")
+    if "codes" in summary:
+        parts.append(f"{summary['codes_changed']:,} of {summary['codes']:,} quantised codes changed")
     return Text(" · ".join(parts))
 
 

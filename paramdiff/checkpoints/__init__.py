@@ -6,6 +6,7 @@ from importlib import import_module
 
 from paramdiff.checkpoints.base import Checkpoint, TensorInfo
 from paramdiff.checkpoints.locate import locate, read_config
+from paramdiff.checkpoints.quantised import dequantised
 
 __all__ = ["Checkpoint", "TensorInfo", "open", "open_pair"]
 
@@ -39,7 +40,11 @@ def open(ref: str) -> Checkpoint:
     located = locate(path)
     container = import_module(f"paramdiff.checkpoints.{CONTAINERS[located.format]}")
     checkpoint: Checkpoint = container.open(ref, located, read_config(located.directory), key or None)
-    return checkpoint
+    try:
+        return dequantised(checkpoint)
+    except BaseException:
+        checkpoint.close()
+        raise
 
 
 def open_pair(base: str, tuned: str) -> tuple[Checkpoint, Checkpoint]:

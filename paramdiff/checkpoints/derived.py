@@ -86,7 +86,8 @@ class Derived:
             self._source.read_into(name, offset, buffer)
 
     def position(self, name: str) -> tuple[int, int]:
-        return self._source.position(self._made[name].sources[0] if name in self._made else name)
+        made = self._made.get(name) or self._codes.get(name)
+        return self._source.position(made.sources[0] if made else name)
 
     def verify(self) -> None:
         for checkpoint in (self._source, *self._also):

@@ -23,6 +23,8 @@ def refused(acc: Accumulator, tensor: Aligned, scratch: int) -> bool:
 
 def why_not(tensor: Aligned) -> str | None:
     """Why a tensor has no matrices of weights, or None."""
+    if tensor.is_codes:
+        return "codes of a quantised weight"
     if tensor.is_packed:
         return "its elements are packed"
     if not tensor.is_matrix:
@@ -35,8 +37,8 @@ def why_not(tensor: Aligned) -> str | None:
 
 
 def identities(tensor: Aligned) -> Iterator[dict[str, Any]]:
-    """What a row says of each matrix of a tensor before it is measured: place, expert, shape. Nothing for vectors."""
-    if not (tensor.is_matrix or tensor.is_packed):
+    """What a row says of each matrix of a tensor before it is measured: place, expert, shape. Nothing for vectors, codes."""
+    if tensor.is_codes or not (tensor.is_matrix or tensor.is_packed):
         return
     place = names.place(tensor.name)
     count, rows, cols = tensor.matrices if tensor.is_matrix else (1, None, None)
