@@ -32,6 +32,7 @@ def compare(
     device: str = "auto",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    renames: Sequence[str] = (),
     compat: str | None = None,
     method: str = "exact",
     ks: Sequence[int] = (16, 64),
@@ -49,6 +50,8 @@ def compare(
         tolerances: each gives `above[τ]`, the elements with |Δ| > τ, and `sparsity[τ]`.
         device: "auto", "cpu", "cuda" or "cuda:N". Counts are the same on all of them; sums agree to float64 rounding.
         include, exclude: regular expressions searched in parameter names.
+        renames: "OLD=NEW", a regular expression and what stands in its place, for names that no rule of pairing brings
+            together; applied to both sides, the first that matches.
         compat: "mukherjee2025" reproduces the counts of that paper's script (see `measures.compat`).
         method: "exact" finds every singular value; "sketch" only the leading ones of large matrices, with a bound on their
             error (see `paramdiff.sketch`).
@@ -70,7 +73,7 @@ def compare(
     sides: list[checkpoints.Checkpoint] = []
     try:
         sides.extend(checkpoints.open_pair(fspath(base), fspath(tuned)))
-        alignment = align(sides[0], sides[1], include=include, exclude=exclude, resized=compat is None)
+        alignment = align(sides[0], sides[1], include=include, exclude=exclude, resized=compat is None, renames=renames)
         # polars takes longer to import than a small model to compare: let it, beside the reading.
         background = Thread(target=_import_tables, daemon=True)  # for whose end Ctrl-C need not wait
         background.start()
@@ -84,6 +87,7 @@ def compare(
         "tolerances": list(options.tolerances),
         "include": list(include),
         "exclude": list(exclude),
+        "renames": list(renames),
         "compat": compat,
         "method": method,
         "ks": list(options.ks),

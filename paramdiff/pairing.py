@@ -9,11 +9,13 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from paramdiff import names
+from paramdiff import names, renaming
 from paramdiff.checkpoints import Checkpoint, TensorInfo
 from paramdiff.dtypes import Compute, compute_type
-from paramdiff.errors import NothingToCompare, OptionError, PairingError
+from paramdiff.errors import NothingToCompare, OptionError
+from paramdiff.renaming import Side
 
 CODES = "codes"  # the rule of a row that compares what is stored of two quantised weights
 REASONS = {
@@ -116,21 +118,28 @@ def align(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     resized: bool = True,
+    renames: Sequence[str] = (),
 ) -> Alignment:
     """Match the tensors of two checkpoints by name, one to one.
 
     Rules, by the name that they leave in `pairing_rule`: `same_name`; `wrapper_stripped` (FSDP, torch.compile, DDP
-    prefixes); `tied_head` (one side stores no lm_head because it is tied to the embedding: the embedding stands in);
-    `resized_vocabulary` (embedding and head rows that both sides have; only with `resized`).
-    `include` and `exclude` are regular expressions searched in the stripped name.
+    prefixes); `map` (`renames`, OLD=NEW); those of `renaming.RULES`; `tied_head` (one side stores no lm_head because it is
+    tied to the embedding: the embedding stands in); `resized_vocabulary` (embedding and head rows that both sides have; only
+    with `resized`), `padded_vocabulary` (the same where the config says that the other rows are padding).
+    `include` and `exclude` are regular expressions searched in the name that the two have in common.
 
     Raises `PairingError` where two tensors of one side get the same name, `NothingToCompare` where no pair is left and
     `OptionError` for a pattern that is no regular expression.
     """
     wanted = name_filter(include, exclude)
-    sides = {"base": _canonical(base), "tuned": _canonical(tuned)}
-    partners = {name: _stand_in(name, sides, (base, tuned)) for name in _in_order(sides)}
-    plan = Alignment((base, tuned))
+    mapped = renaming.mapping(renames)
+    parts = renaming.reconcile(renaming.named(base, mapped), renaming.named(tuned, mapped), (_config(base), _config(tuned)))
+    checkpoints = renaming.viewed(base, parts[0]), renaming.viewed(tuned, parts[1])
+    sides = {
+        side: {name: part.info for name, part in found.items()} for side, found in zip(("base", "tuned"), parts, strict=True)
+    }
+    partners = {name: _stand_in(name, sides, parts, (base, tuned)) for name in _in_order(sides)}
+    plan = Alignment(checkpoints)
     for name, (infos, rule) in partners.items():
         if not wanted(name):
             for side, table in sides.items():
@@ -138,7 +147,9 @@ def align(
                     plan.coverage.append(_left_out(name, side, table[name], "excluded", "name filter"))
         elif infos is None:
             side = "base" if name in sides["base"] else "tuned"
-            plan.coverage.append(_left_out(name, side, sides[side][name], f"only_{side}", ""))
+            info = sides[side][name]
+            detail = renaming.remark(name, info, _config(base if side == "base" else tuned))
+            plan.coverage.append(_left_out(name, side, info, f"only_{side}", detail))
         else:
             _pair(plan, name, infos, rule, [side for side, table in sides.items() if name in table], resized)
     compared = {tensor.name for tensor in plan.tensors}
@@ -151,16 +162,11 @@ def align(
     return plan
 
 
-def _canonical(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    table: dict[str, TensorInfo] = {}
-    for name, info in checkpoint.tensors.items():
-        short = names.strip_wrappers(name)
-        if short in table:
-            raise PairingError(
-                f"{checkpoint.ref} stores both {table[short].name!r} and {name!r}, the same parameter without wrappers."
-            )
-        table[short] = info
-    return table
+def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """config.json, with what it says of the language model of several at the top."""
+    config = checkpoint.config or {}
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, dict) else config
 
 
 def _in_order(sides: Mapping[str, Mapping[str, TensorInfo]]) -> list[str]:
@@ -190,12 +196,17 @@ def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str
 
 
 def _stand_in(
-    name: str, sides: Mapping[str, Mapping[str, TensorInfo]], checkpoints: tuple[Checkpoint, Checkpoint]
+    name: str,
+    sides: Mapping[str, Mapping[str, TensorInfo]],
+    parts: tuple[Side, Side],
+    checkpoints: tuple[Checkpoint, Checkpoint],
 ) -> tuple[tuple[TensorInfo, TensorInfo] | None, str]:
-    """The two tensors that a name stands for, and the rule that found them."""
+    """The two tensors that a name stands for, and the rules that found them."""
     here, there = sides["base"].get(name), sides["tuned"].get(name)
     if here and there:
-        return (here, there), "same_name" if here.name == there.name else "wrapper_stripped"
+        rules = "+".join(dict.fromkeys((*parts[0][name].rules, *parts[1][name].rules)))
+        viewed = parts[0][name].is_view or parts[1][name].is_view
+        return (here, there), rules if here.name != there.name or viewed else "same_name"
     if not names.is_head(name):
         return None, ""
     lacking = 1 if here else 0
@@ -264,14 +275,16 @@ def _pair(
                 )
             return
         shape = (min(a.shape[0], b.shape[0]), *a.shape[1:])
-        rule = "resized_vocabulary" if rule != "tied_head" else "tied_head+resized_vocabulary"
-        side, longer = ("base", a) if a.shape[0] > b.shape[0] else ("tuned", b)
+        number, longer = (0, a) if a.shape[0] > b.shape[0] else (1, b)
+        padded = _config(plan.checkpoints[number]).get("vocab_size") == shape[0]
+        resizing = "padded_vocabulary" if padded else "resized_vocabulary"
+        rule = resizing if rule == "same_name" else f"{rule}+{resizing}"
         plan.coverage.append(
             Uncompared(
                 name,
-                side,
+                ("base", "tuned")[number],
                 "resized",
-                f"rows {shape[0]} to {longer.shape[0] - 1}",
+                f"{'padding ' if padded else ''}rows {shape[0]} to {longer.shape[0] - 1}",
                 longer.shape,
                 longer.dtype,
                 longer.numel - math.prod(shape),

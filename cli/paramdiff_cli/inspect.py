@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def inspect(
     ref: Annotated[
-        str, typer.Argument(help="A checkpoint: a directory, or a .safetensors, .bin or .pt file.", metavar="REF")
+        str, typer.Argument(help="A checkpoint: a directory or file, of any kind that trainers write.", metavar="REF")
     ],
     include: options.Include = None,
     json: options.Json = False,
@@ -58,14 +58,8 @@ def _facts(checkpoint: Checkpoint, shown: list[Any]) -> dict[str, Any]:
     return {
         **checkpoint.facts(),
         "tensors": [
-            {
-                "name": i.name,
-                "dtype": i.dtype,
-                "stored": i.stored,
-                "shape": list(i.shape),
-                "numel": i.numel,
-                "bytes": i.nbytes,
-            }
+            {"name": i.name, "dtype": i.dtype, "shape": list(i.shape), "numel": i.numel, "bytes": i.nbytes}
+            | ({"stored": i.stored} if i.stored else {})
             for i in shown
         ],
         "numel": sum(info.numel for info in shown),

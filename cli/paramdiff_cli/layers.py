@@ -30,6 +30,7 @@ def layers(
     device: options.Device = "auto",
     include: options.Include = None,
     exclude: options.Exclude = None,
+    renames: options.Map = None,
     out: options.Out = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -54,6 +55,7 @@ def layers(
         device=device,
         include=include or [],
         exclude=exclude or [],
+        renames=renames or [],
         threads=threads,
     )
     if json:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 Base = Annotated[
-    str, typer.Argument(help="Checkpoint before training: a directory, or a .safetensors, .bin or .pt file.", metavar="BASE")
+    str,
+    typer.Argument(help="Checkpoint before training: a directory or file, of any kind that trainers write.", metavar="BASE"),
 ]
 Tuned = Annotated[str, typer.Argument(help="Checkpoint after training.", metavar="TUNED")]
 Tol = Annotated[
@@ -21,6 +22,12 @@ Include = Annotated[
 ]
 Exclude = Annotated[
     list[str] | None, typer.Option("--exclude", help="Leave out parameters whose name matches this regex.", metavar="RE")
+]
+Map = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map", help="Rename parameters before pairing, on both sides: a regex and its replacement.", metavar="OLD=NEW"
+    ),
 ]
 Out = Annotated[str | None, typer.Option("--out", help="Write all tables as Parquet, and run.json, into this directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]

@@ -15,6 +15,7 @@ def rank(
     device: options.Device = "auto",
     include: options.Include = None,
     exclude: options.Exclude = None,
+    renames: options.Map = None,
     method: options.MethodOption = options.Method.exact,
     matrices: Annotated[bool, typer.Option("--matrices", help="List every matrix as well.")] = False,
     out: options.Out = None,
@@ -44,6 +45,7 @@ def rank(
         device=device,
         include=include or [],
         exclude=exclude or [],
+        renames=renames or [],
         threads=threads,
     )
     if json:

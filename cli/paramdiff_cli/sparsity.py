@@ -12,6 +12,7 @@ def sparsity(
     device: options.Device = "auto",
     include: options.Include = None,
     exclude: options.Exclude = None,
+    renames: options.Map = None,
     out: options.Out = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -31,6 +32,8 @@ def sparsity(
 
         paramdiff sparsity base/ tuned/ --include 'layers\\.0\\.' --exclude norm
 
+        paramdiff sparsity base/ run/global_step_40 --map '^actor\\.=model.'
+
         paramdiff sparsity base/ tuned/ --compat mukherjee2025 --tol 1e-5
 
         paramdiff sparsity base/ tuned/ --measures change,magnitude,spectrum
@@ -44,6 +47,7 @@ def sparsity(
         device=device,
         include=include or [],
         exclude=exclude or [],
+        renames=renames or [],
         compat=compat.value if compat else None,
         **options.chosen(measures),
         threads=threads,

@@ -17,6 +17,7 @@ def subspace(
     device: options.Device = "auto",
     include: options.Include = None,
     exclude: options.Exclude = None,
+    renames: options.Map = None,
     out: options.Out = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -51,6 +52,7 @@ def subspace(
         device=device,
         include=include or [],
         exclude=exclude or [],
+        renames=renames or [],
         threads=threads,
     )
     if json:

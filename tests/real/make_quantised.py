@@ -2,8 +2,8 @@
 
 In an environment with torch, safetensors, bitsandbytes and compressed-tensors: `python tests/real/make_quantised.py DIR`.
 Below DIR, for each kind: `model.safetensors` as such a model is stored, and beside it `<kind>.safetensors`, what the library
-makes of it. (The CPU kernel of bitsandbytes 0.50.2 dequantises a matrix wrongly whose width is no multiple of the block size;
-it is given as one long row, which the stored bytes do not depend on.)
+makes of it. (The CPU kernel of bitsandbytes 0.50.2 dequantises a matrix wrongly whose width is no multiple of the block
+size; it is given as one long row, which the stored bytes do not depend on.)
 """
 
 from __future__ import annotations
