@@ -22,7 +22,7 @@ IDENTITY = {
     "stored_tuned": ("String", "the same of the tuned side"),
     "compared_in": ("String", "arithmetic of the comparison: float32, float64 or int64"),
     "numel": ("Int64", "compared elements, n"),
-    "pairing_rule": ("String", "same_name, wrapper_stripped, tied_head, resized_vocabulary, or several joined by +"),
+    "pairing_rule": ("String", "how the two were found: same_name, or rules of docs/pairing.md joined by +"),
     "name_base": ("String", "name under which the base stores it"),
     "name_tuned": ("String", "name under which the tuned side stores it"),
     "duplicate_of": ("String", "the parameter that this one is tied to; such rows are left out of every total"),

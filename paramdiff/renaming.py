@@ -41,6 +41,7 @@ MIXTRAL = (
     (re.compile(r"(\.experts\.\d+)\.w3\."), r"\1.up_proj."),
     (re.compile(r"(\.experts\.\d+)\.w2\."), r"\1.down_proj."),
 )
+MODEL = "model."  # what the usual names begin with
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
 FACTORS = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
 Rule = Callable[[str, Part, Shapes, Config], list[Part]]
@@ -92,30 +93,41 @@ def reconcile(base: Side, tuned: Side, configs: tuple[Config, Config]) -> tuple[
             for here in (0, 1):
                 if not sides[0].keys() ^ sides[1].keys():
                     return sides[0], sides[1]
-                config = {**configs[1 - here], **configs[here]}
-                sides[here] = _applied(rule, function, sides[here], sides[1 - here], config)
+                if function is None:
+                    _unprefixed(rule, sides, here)
+                else:
+                    config = {**configs[1 - here], **configs[here]}
+                    sides[here] = _applied(rule, function, sides[here], sides[1 - here], config)
         if len(sides[0].keys() ^ sides[1].keys()) == before:
             break
     return sides[0], sides[1]
 
 
-def _applied(rule: str, function: Rule | None, side: Side, other: Side, config: Config) -> Side:
+def _unprefixed(rule: str, sides: list[Side], here: int) -> None:
+    """Take the container's prefix off one side. Where it is the `model.` of the usual names, it is put before the others."""
+    prefix = _prefix(sides[here], sides[1 - here])
+    if not prefix:
+        return
+    moved = [name for name in sides[here] if name.startswith(prefix) and name not in sides[1 - here]]
+    if prefix == MODEL and not any(name.startswith(MODEL + MODEL) for name in moved):
+        here, new = 1 - here, {name.removeprefix(prefix): name for name in moved}
+    else:
+        new = {name: name.removeprefix(prefix) for name in moved}
+    side = sides[here]
+    taken = {old: name for old, name in new.items() if old in side and name not in side}
+    sides[here] = {
+        taken.get(name, name): replace(part, rules=(*part.rules, rule)) if name in taken else part
+        for name, part in side.items()
+    }
+
+
+def _applied(rule: str, function: Rule, side: Side, other: Side, config: Config) -> Side:
     """One side after one rule, in its own order."""
     shapes = {name: part.info.shape for name, part in other.items() if name not in side}
-    prefix = _prefix(side, shapes, other) if function is None else ""
-    if function is None and not prefix:
-        return side
     made: Side = {}
     for name, part in side.items():
         if name in other:
             new = [(name, part)]
-        elif function is None:
-            moved = name.removeprefix(prefix)
-            new = (
-                [(moved, replace(part, rules=(*part.rules, rule)))]
-                if moved != name and moved not in side
-                else [(name, part)]
-            )
         else:
             found = function(name, part, shapes, config)
             taken = found and all(one.info.name in shapes for one in found) and (len(found) == 1 or _fit(found, shapes))
@@ -142,11 +154,12 @@ def _under(one: Part, part: Part, rule: str) -> Part:
     return replace(one, rules=rules)
 
 
-def _prefix(side: Side, shapes: Shapes, other: Side) -> str:
+def _prefix(side: Side, other: Side) -> str:
     """The prefix whose removal gives the most tensors a partner of the same shape, if it is at least half of them.
 
     Whether a prefix is the container's or the model's own (`model.`) is not to be seen in a name, only in what it leads to.
     """
+    shapes = {name: part.info.shape for name, part in other.items() if name not in side}
     gains: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for name, part in side.items():
@@ -187,8 +200,8 @@ def _move(name: str, part: Part, other: Shapes, config: Config) -> list[Part]:
 
 RULES: dict[str, Rule | None] = {  # None: a prefix of the whole side
     "peft_prefix": _renaming(PEFT),
-    "container_prefix": None,
     "vlm_move": _move,
+    "container_prefix": None,
     "legacy_name": _renaming(LEGACY),
     "mixtral_name": _renaming(MIXTRAL),
     "experts_split": fusing.experts,
