@@ -89,8 +89,8 @@ def spans(alignment: Alignment, block: int = BLOCK, span_bytes: int = SPAN_BYTES
     for index in order:
         tensor = alignment.tensors[index]
         grid = Grid(tensor.rows, tensor.cols, block)
-        bytes_per_element = sum(side.type.bits for side in tensor.sides) / 8
-        step = max(1, int(span_bytes / bytes_per_element / block))
+        bytes_per_element = sum(side.bits_read for side in tensor.sides) / 8
+        step = max(1, int(span_bytes * 8 / sum(side.type.bits for side in tensor.sides) / block))
         for first in range(0, len(grid), step):
             last = min(first + step, len(grid))
             end = grid[last - 1]

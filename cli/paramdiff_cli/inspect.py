@@ -58,15 +58,20 @@ def _facts(checkpoint: Checkpoint, shown: list[Any]) -> dict[str, Any]:
     return {
         **checkpoint.facts(),
         "tensors": [
-            {"name": i.name, "dtype": i.dtype, "shape": list(i.shape), "numel": i.numel, "bytes": i.nbytes}
+            {"name": i.name, "dtype": i.dtype, "shape": list(i.shape), "numel": i.numel, "bytes": _bytes(i)}
             | ({"stored": i.stored} if i.stored else {})
             for i in shown
         ],
         "numel": sum(info.numel for info in shown),
-        "bytes": sum(info.nbytes for info in shown),
+        "bytes": sum(_bytes(info) for info in shown),
         "dtypes": dict(dtypes.most_common()),
         "warnings": checkpoint.warnings,
     }
+
+
+def _bytes(info: Any) -> int:
+    """What is stored of a tensor, without scales and the like."""
+    return int(info.numel * info.bits_read + 7) // 8
 
 
 def _table(shown: list[Any]) -> Table:
@@ -80,6 +85,6 @@ def _table(shown: list[Any]) -> Table:
             f"{info.dtype} ({info.stored})" if info.stored else info.dtype,
             shape,
             f"{info.numel:,}",
-            f"{info.nbytes:,}",
+            f"{_bytes(info):,}",
         )
     return table

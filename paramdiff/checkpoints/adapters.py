@@ -14,7 +14,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def _named(name: str, info: TensorInfo) -> TensorInfo:
 def _info(name: str, stored: Checkpoint, factors: Factors) -> TensorInfo:
     left, right = stored.tensors[factors.left].shape, stored.tensors[factors.right].shape
     shape = (right[1], left[0]) if factors.transposed else (left[0], right[1]) if len(left) == 2 else left
-    return TensorInfo(name, "F64", shape, stored="dora" if factors.magnitude else "lora")
+    return TensorInfo(name, "F64", shape, stored="dora" if factors.magnitude else "lora", read_bits=0)
 
 
 def _parts(stored: Checkpoint, settings: Mapping[str, Any], path: str) -> tuple[dict[str, Factors], dict[str, str]]:
@@ -336,6 +336,7 @@ def merged(base: Checkpoint, adapter: Adapter) -> Derived:
     for name, factors in adapter.updates.items():
         info = adapter.tensors[name]
         target = _target(base, adapter, name, info.shape)
+        info = replace(info, read_bits=base.tensors[target].bits_read)
         made.append(Merged(info, target, factors, adapter, adapter.whole.get(name, "")))
     for name, key in adapter.whole.items():
         if name in adapter.updates:

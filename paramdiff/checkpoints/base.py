@@ -27,6 +27,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     stored: str | None = None
     codes: TensorInfo | None = None
+    read_bits: int | None = None  # what is read for an element, where that is not its type's size
 
     @property
     def numel(self) -> int:
@@ -35,6 +36,13 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return (self.numel * self.type.bits + 7) // 8
+
+    @property
+    def bits_read(self) -> int:
+        """Bits that are read from files for an element, scales and the like aside."""
+        if self.read_bits is not None:
+            return self.read_bits
+        return self.codes.type.bits if self.codes is not None else self.type.bits
 
     @property
     def type(self) -> DType:

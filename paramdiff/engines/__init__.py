@@ -31,7 +31,7 @@ def run(
     """
     whole = whole_tensors(measures)
     work = whole_spans(alignment) if whole else spans(alignment)
-    total = sum(span.nbytes for span in work)
+    total = sum(max(span.nbytes, span.numel) for span in work)  # an adapter's updates are worked out, not read
     if device == "auto" and whole and on_cpu(measures, options):
         device = "cpu"  # where it would be done anyway, one matrix after the other
     chosen = _resolve(device, total)
