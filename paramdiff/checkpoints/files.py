@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Mapping
@@ -142,7 +143,12 @@ class OnFiles:
 def open_regular(path: str) -> tuple[int, os.stat_result]:
     """Open a regular file for sequential reading. Raises `BrokenFile` for anything else; a pipe cannot hang it."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not _more_files():
+                raise
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError) as error:  # the latter: a name that no file can have
         raise BrokenFile(f"Cannot read {path}: {getattr(error, 'strerror', error)}.") from error
     stat = os.fstat(fd)
@@ -152,6 +158,22 @@ def open_regular(path: str) -> tuple[int, os.stat_result]:
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     return fd, stat
+
+
+def _more_files() -> bool:
+    """Raise this process's limit of open files as far as it may be: a checkpoint can have a file for each tensor."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return False
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):  # macOS takes no more than its own maximum
+        return False
+    return True
 
 
 def _identity(stat: os.stat_result) -> tuple[int, int, int, int]:

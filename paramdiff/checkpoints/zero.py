@@ -1,22 +1,29 @@
 """DeepSpeed ZeRO checkpoints: float32 masters, cut into flat vectors of which each rank saved one per group of parameters.
 
-ZeRO-1 and 2 lay the parameters of a group end to end and cut the whole into equal parts, one for each rank; every rank's
-file says which piece of which parameter lies where in its part. ZeRO-3 cuts every parameter into equal parts, the last one
-padded, and lays those of one rank end to end. (deepspeed/utils/zero_to_fp32.py puts both together in memory.) The bf16 or
-fp16 copy of the model that ZeRO-1 and 2 save as well is read only for what has no master: buffers and frozen parameters.
+ZeRO-1 and 2 lay the parameters of a group end to end, in the order of `param_shapes`, and cut the whole into parts, one for
+each rank. ZeRO-3 cuts every parameter into equal parts, the last one padded, and lays those of one rank end to end, in
+vectors that follow one another. (deepspeed/utils/zero_to_fp32.py puts both together in memory.) The bf16 or fp16 copy of the
+model that ZeRO-1 and 2 save as well is read only for what has no master: buffers, and parameters that were not trained.
+
+The files of ZeRO-1 and 2 say a second time where parameters lie, in `param_slice_mappings`. That is wrong where DeepSpeed
+(0.19.8) was told to deal gradients out in turn (`round_robin_gradients`): it is counted in the order before they were dealt
+out. So the order of `param_shapes` decides, and elsewhere the two must agree.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from paramdiff.checkpoints import pickles
-from paramdiff.checkpoints.base import Located, TensorInfo
+from paramdiff.checkpoints.base import Located, TensorInfo, check_name
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pickles import Opaque, StoredTensor
 from paramdiff.checkpoints.pieces import Assembled, Entry, Piece, assemble
@@ -26,6 +33,8 @@ from paramdiff.errors import BrokenFile, UnsupportedFormat
 OPTIMIZER = re.compile(r".*?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<part>\d+)_optim_states\.pt")
 MODEL = re.compile(r"(zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<part>\d+)_model_states\.pt")
 CONVERT = "Convert it with DeepSpeed's zero_to_fp32.py, which lies beside it, and compare the result."
+Shapes = dict[str, tuple[int, ...]]
+Named = Iterator[tuple[str, Entry]]
 
 
 @dataclass(frozen=True)
@@ -37,14 +46,52 @@ class Opened:
     content: Mapping[str, Any]
     storages: Storages
 
-    def vector(self, value: Any, name: str) -> tuple[int, int, str]:
-        """(first byte, elements, dtype) of a contiguous tensor, flat."""
+    def vector(self, value: Any, name: str) -> Vector:
+        """Where a contiguous tensor lies, flat. Raises `BrokenFile` or `UnsupportedFormat`."""
         if not isinstance(value, StoredTensor):
             raise BrokenFile(f"{self.path} has no tensor where {name} should be.", hint="Copy it again.")
         entry = entry_of(name, value, self.file, self.storages, self.path)
         if entry.stride is not None:
             raise UnsupportedFormat(f"{self.path} holds {name} in an order that is not contiguous.")
-        return entry.start, entry.info.numel, entry.info.dtype
+        return Vector(self.file, entry.start, entry.info.numel, entry.info.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """`length` elements in file number `file`, from byte `start` on."""
+
+    file: int
+    start: int
+    length: int
+    dtype: str
+
+
+class Row:
+    """Vectors of one type, one after the other: what a rank holds, or what all ranks hold of a group."""
+
+    def __init__(self, vectors: Sequence[Vector], where: str) -> None:
+        kinds = sorted({vector.dtype for vector in vectors})
+        if len(kinds) != 1:
+            raise BrokenFile(f"{where} holds {'groups of ' + ' and '.join(kinds) if kinds else 'no groups'} as masters.")
+        self.dtype = kinds[0]
+        self._size = TensorInfo("", self.dtype, (1,)).nbytes
+        self._vectors = vectors
+        self._begins = list(accumulate((vector.length for vector in vectors), initial=0))
+
+    @property
+    def length(self) -> int:
+        return self._begins[-1]
+
+    def pieces(self, at: int, count: int, offset: int = 0) -> Iterator[tuple[int, int, Piece]]:
+        """(vector, its first element, the piece) for elements `at` to `at + count`, which go to `offset` of the tensor."""
+        number = max(bisect_right(self._begins, at) - 1, 0)
+        while number < len(self._vectors) and self._begins[number] < at + count:
+            vector, begin = self._vectors[number], self._begins[number]
+            low, high = max(at, begin), min(at + count, begin + vector.length)
+            if low < high:
+                start = vector.start + (low - begin) * self._size
+                yield number, low - begin, Piece(vector.file, start, (offset + low - at,), (high - low,))
+            number += 1
 
 
 def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | None) -> Assembled:
@@ -54,18 +101,22 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
     partitioned experts and the like.
     """
     if key:
-        raise UnsupportedFormat(f"{ref} names an entry, which a DeepSpeed directory has not.")
+        raise UnsupportedFormat(
+            f"{ref} names an entry, which a DeepSpeed directory has not.", hint=f"Give {ref.partition('::')[0]}."
+        )
     where = str(Path(located.files[0]).parent)
     files = Files()
     try:
-        ranks = _in_order(located.files, OPTIMIZER, where)
-        models = _in_order(located.files, MODEL, where)
+        for path in located.files:
+            _check_kind(Path(path).name, where)
+        ranks = in_order(located.files, OPTIMIZER, where)
+        models = in_order(located.files, MODEL, where)
         if not models:
             raise BrokenFile(f"{where} lacks the model_states files, which hold the shapes.", hint="Copy it again.")
-        states = [_opened(path, files) for path in ranks]
-        facts = [_opened(path, files) for path in models]
+        states = [open_state(path, files) for path in ranks]
+        facts = [open_state(path, files) for path in models]
         try:
-            stage, entries = _entries(states, facts, where)
+            stage, entries, said = _entries(states, facts, where)
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise BrokenFile(
                 f"{where} is laid out in a way that is not known ({type(error).__name__}: {str(error)[:100]}).", hint=CONVERT
@@ -73,17 +124,29 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
     except BaseException:
         files.close()
         raise
-    return Assembled(ref, f"zero{stage}", files, entries, config, located.warnings)
+    return Assembled(ref, f"zero{stage}", files, entries, config, [*located.warnings, *said])
 
 
-def _in_order(paths: Sequence[str], pattern: re.Pattern[str], where: str) -> list[str]:
+def _check_kind(name: str, where: str) -> None:
+    """Raise `UnsupportedFormat` for files of the tag that hold a part of the model in another way."""
+    if OPTIMIZER.fullmatch(name) or MODEL.fullmatch(name):
+        return
+    kind = next(
+        (kind for word, kind in (("exp", "experts of DeepSpeed-MoE"), ("layer", "layers of a pipeline")) if word in name),
+        None,
+    )
+    raise UnsupportedFormat(
+        f"{where} holds {kind or 'states'} in files of their own ({name}), which this version does not read.",
+        hint="Export the model as safetensors first.",
+    )
+
+
+def in_order(paths: Sequence[str], pattern: re.Pattern[str], where: str) -> list[str]:
     """The files of one kind in the order of ranks, none missing."""
     found: dict[int, str] = {}
     for path in paths:
         match = pattern.fullmatch(Path(path).name)
         if match is None:
-            if "expert" in Path(path).name:
-                raise UnsupportedFormat(f"{where} holds experts of DeepSpeed-MoE in files of their own, which are not read.")
             continue
         if int(match["part"]):
             raise UnsupportedFormat(
@@ -100,7 +163,8 @@ def _in_order(paths: Sequence[str], pattern: re.Pattern[str], where: str) -> lis
     return [found[rank] for rank in sorted(found)]
 
 
-def _opened(path: str, files: Files) -> Opened:
+def open_state(path: str, files: Files) -> Opened:
+    """Open one of DeepSpeed's state files. Raises `BrokenFile` or `UnsupportedFormat`."""
     file = files.add(path)
     content, storages = read_file(files, file)
     if not isinstance(content, Mapping):
@@ -108,39 +172,51 @@ def _opened(path: str, files: Files) -> Opened:
     return Opened(path, file, content, storages)
 
 
-def _entries(states: list[Opened], facts: list[Opened], where: str) -> tuple[int, dict[str, Entry]]:
+def _entries(states: list[Opened], facts: list[Opened], where: str) -> tuple[int, dict[str, Entry], list[str]]:
     first = facts[0].content
     for word in ("ds_autoep_layers", "autoep_layers"):
         if first.get(word):
             raise UnsupportedFormat(f"{where} holds experts partitioned by AutoEP, which are not read.", hint=CONVERT)
     if first.get("mp_world_size", 1) != 1:
         raise UnsupportedFormat(f"{where} was saved with {first['mp_world_size']}-fold model parallelism.", hint=CONVERT)
-    world = first.get("dp_world_size", len(states))
-    if world != len(states):
-        raise BrokenFile(
-            f"{where} holds the optimizer files of {len(states)} ranks, but {world} saved it.", hint="Copy all."
-        )
     optimizers = [state.content["optimizer_state_dict"] for state in states]
+    for state, optimizer in zip(states, optimizers, strict=True):
+        _check_world(state.path, optimizer, first, len(states))
     stage = _stage(optimizers[0])
-    groups = [_shapes(group) for group in first["param_shapes"]]
-    entries: dict[str, Entry] = {}
+    groups = [shapes_of(group) for group in first["param_shapes"]]
     if stage == 3:
         if len(facts) != len(states):
             raise BrokenFile(f"{where} holds {len(facts)} model files for {len(states)} ranks.", hint="Copy all of them.")
-        made = _of_equal_parts(states, optimizers, groups, where)
+        made = _of_equal_parts(states, optimizers, groups)
     else:
         made = _of_one_vector(states, optimizers, groups, where)
-    for name, entry in [*made, *_frozen(facts, stage, where), *_buffers(facts[0])]:
+    entries: dict[str, Entry] = {}
+    for name, entry in [*made, *frozen(facts, stage, where)]:
         if name in entries:
             raise BrokenFile(f"{where} holds {name!r} twice.")
         entries[name] = entry
-    for alias, source in (first.get("shared_params") or {}).items():
-        entry = entries[source]
-        entries[alias] = Entry(TensorInfo(alias, entry.info.dtype, entry.info.shape), entry.strips)
-    return stage, entries
+    others, aside = without_master(facts[0], entries)
+    entries.update(others)
+    return stage, entries, left_out(where, aside + add_shared(entries, facts[0]))
+
+
+def _check_world(path: str, optimizer: Mapping[str, Any], first: Mapping[str, Any], files: int) -> None:
+    """Raise where a rank's file says that the parameters were cut into another number of parts than there are files."""
+    counts = optimizer.get("partition_count", first.get("dp_world_size", files))
+    for count in {*counts} if isinstance(counts, (list, tuple)) else {counts}:
+        if count != files:
+            raise BrokenFile(
+                f"{path} is one of {count}, but there are {files} of them.",
+                hint="Copy the files of all ranks; with MiCS, or experts in parallel, convert it with DeepSpeed first.",
+            )
+    for group in optimizer.get("ds_zero_partition_groups") or ():
+        if group.get("partition_count", files) != files:
+            raise UnsupportedFormat(f"{path} holds groups cut into different numbers of parts, which are not read.")
 
 
 def _stage(optimizer: Mapping[str, Any]) -> int:
+    if "zero_stage" not in optimizer and "single_partition_of_fp32_groups" in optimizer:
+        return 1  # with bf16 and gradients in float32, of an optimizer that is made for this stage and does not write it
     stage = optimizer.get("zero_stage")
     stage = stage.args[0] if isinstance(stage, Opaque) else stage
     if stage not in (1, 2, 3):
@@ -148,146 +224,145 @@ def _stage(optimizer: Mapping[str, Any]) -> int:
     return int(stage)
 
 
-def _shapes(group: Any) -> dict[str, tuple[int, ...]]:
+def shapes_of(group: Any) -> Shapes:
     """Names and shapes of a group, in the order in which they lie."""
     shapes = {}
     for name, shape in group.items():
         if not (isinstance(name, str) and isinstance(shape, (tuple, list)) and all(map(pickles.is_whole, shape))):
             raise ValueError("a parameter's shape is none")
-        if len(shape) > pickles.MAX_RANK:
+        if len(shape) >= pickles.MAX_RANK:
             raise ValueError("a parameter has too many dimensions")
         shapes[name] = tuple(shape)
     return shapes
 
 
-def _flat(name: str, dtype: str, shape: tuple[int, ...], pieces: list[Piece], where: str) -> tuple[str, Entry]:
+def _flat(name: str, dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece], where: str) -> tuple[str, Entry]:
+    check_name(name, where)
     info = TensorInfo(name, dtype, shape)
     return name, assemble(info, pieces, where, shape=(info.numel,))
 
 
-def _of_one_vector(
-    states: list[Opened], optimizers: list[Any], groups: list[dict[str, tuple[int, ...]]], where: str
-) -> Iterator[tuple[str, Entry]]:
-    """ZeRO-1 and 2: each rank holds an equal part of one vector per group."""
-    if len(optimizers[0]["single_partition_of_fp32_groups"]) != len(groups):
+def _of_one_vector(states: list[Opened], optimizers: list[Any], groups: list[Shapes], where: str) -> Named:
+    """ZeRO-1 and 2: the parts of all ranks, one after the other, are one vector per group."""
+    kept = [optimizer["single_partition_of_fp32_groups"] for optimizer in optimizers]
+    if any(len(one) != len(groups) for one in kept):
         raise ValueError("numbers of groups that differ")
     for number, shapes in enumerate(groups):
-        parts = [
-            state.vector(optimizer["single_partition_of_fp32_groups"][number], f"group {number}")
-            for state, optimizer in zip(states, optimizers, strict=True)
-        ]
-        told = [_mapping(optimizer, number) for optimizer in optimizers]
-        mapped = all(mapping is not None for mapping in told)
-        if not mapped and any(any(row) for row in optimizers[0].get("param_alignment_paddings") or ()):
-            raise UnsupportedFormat(f"{where} has gaps between parameters, and does not say where they lie.", hint=CONVERT)
+        row = Row([s.vector(one[number], f"group {number}") for s, one in zip(states, kept, strict=True)], where)
+        placed: list[dict[str, tuple[int, int]]] = [{} for _ in states]  # of each rank: (first element, elements) by name
         at = 0
-        for name, shape in shapes.items():
-            numel, dtype, pieces, done = math.prod(shape), parts[0][2], [], 0
-            for rank, (start, length) in _where(name, at, numel, told if mapped else None, [n for _, n, _ in parts]):
-                first, held, kind = parts[rank]
-                if start + length > held or kind != dtype:
-                    raise BrokenFile(f"{states[rank].path}: {name!r} should end at element {start + length:,} of {held:,}.")
-                pieces.append(Piece(states[rank].file, first + start * _size(dtype), (done,), (length,)))
-                done += length
-            yield _flat(name, dtype, shape, pieces, where)
-            at += numel
+        for (name, shape), gap in zip(shapes.items(), _gaps(optimizers[0], number, len(shapes)), strict=True):
+            numel = math.prod(shape)
+            pieces = []
+            for rank, first, piece in row.pieces(at, numel):
+                placed[rank][name] = first, piece.shape[0]
+                pieces.append(piece)
+            yield _flat(name, row.dtype, shape, pieces, where)
+            at += numel + gap
+        align = 2 * len(states)  # to which the whole was padded before it was cut; the padding at the end may be gone
+        if -(-at // align) != -(-row.length // align):
+            raise BrokenFile(f"{where} holds {row.length:,} elements in group {number}, whose parameters take {at:,}.")
+        for state, optimizer, mine in zip(states, optimizers, placed, strict=True):
+            _check_mapping(state, optimizer, number, mine)
 
 
-def _mapping(optimizer: Mapping[str, Any], number: int) -> Mapping[str, tuple[int, int]] | None:
-    """Where the pieces of a rank's part begin and how long they are, by name; None where the file does not say."""
-    mappings = optimizer.get("param_slice_mappings")
-    if not mappings:
-        return None
-    found = {}
-    for name, address in mappings[number].items():
-        start, length = address.state["start"], address.state["numel"]
-        if not (pickles.is_whole(start) and pickles.is_whole(length)):
-            raise ValueError("a fragment's address is none")
-        found[name] = start, length
-    return found
+def _gaps(optimizer: Mapping[str, Any], number: int, count: int) -> list[int]:
+    """How many elements of padding follow each parameter of a group; files that do not say have none."""
+    gaps = optimizer.get("param_alignment_paddings")
+    if gaps is None:
+        return [0] * count
+    if len(gaps[number]) != count or not all(map(pickles.is_whole, gaps[number])):
+        raise ValueError("the paddings of a group do not fit its parameters")
+    return [*gaps[number]]
 
 
-def _where(
-    name: str, at: int, numel: int, told: Sequence[Mapping[str, tuple[int, int]] | None] | None, lengths: list[int]
-) -> Iterator[tuple[int, tuple[int, int]]]:
-    """(rank, (first element in its part, elements)) of each piece of a parameter, in the parameter's order."""
-    if told is not None:
-        for rank, mapping in enumerate(told):
-            if mapping and name in mapping:
-                yield rank, mapping[name]
+def _check_mapping(state: Opened, optimizer: Mapping[str, Any], number: int, placed: Mapping[str, tuple[int, int]]) -> None:
+    """Raise `BrokenFile` where a rank's file says of parameters that they lie elsewhere than their order has it."""
+    told = optimizer.get("param_slice_mappings")
+    settings = (state.content.get("ds_config") or {}).get("zero_optimization")
+    if not told or (isinstance(settings, Mapping) and settings.get("round_robin_gradients")):
         return
-    begin = 0
-    for rank, length in enumerate(lengths):
-        low, high = max(at, begin), min(at + numel, begin + length)
-        if low < high:
-            yield rank, (low - begin, high - low)
-        begin += length
+    found = {name: (address.state["start"], address.state["numel"]) for name, address in told[number].items()}
+    if found != placed:
+        name = next(name for name in [*found, *placed] if found.get(name) != placed.get(name))
+        said, meant = (f"{place[1]:,} elements from {place[0]:,} on" if place else "nothing"
+                       for place in (found.get(name), placed.get(name)))  # fmt: skip
+        raise BrokenFile(
+            f"{state.path} contradicts the order of parameters: of {name!r}, it says to hold {said}, not {meant}.",
+            hint="Copy the files of all ranks again, all of one save.",
+        )
 
 
-def _of_equal_parts(
-    states: list[Opened], optimizers: list[Any], groups: list[dict[str, tuple[int, ...]]], where: str
-) -> Iterator[tuple[str, Entry]]:
+def _of_equal_parts(states: list[Opened], optimizers: list[Any], groups: list[Shapes]) -> Named:
     """ZeRO-3: each rank holds an equal part of every parameter, in vectors that follow one another."""
-    vectors = [
-        [state.vector(group, "a group") for group in optimizer["fp32_flat_groups"]]
+    rows = [
+        Row([state.vector(group, "a group") for group in optimizer["fp32_flat_groups"]], state.path)
         for state, optimizer in zip(states, optimizers, strict=True)
     ]
-    world, at = len(states), 0
+    taken = sum(-(-math.prod(shape) // len(rows)) for shapes in groups for shape in shapes.values())
+    for state, row in zip(states, rows, strict=True):
+        if (row.length, row.dtype) != (taken, rows[0].dtype):
+            raise BrokenFile(
+                f"{state.path} holds {row.length:,} elements of {row.dtype}, where its parameters take {taken:,} of "
+                f"{rows[0].dtype}.",
+                hint="Copy it again.",
+            )
+    at = 0
     for shapes in groups:
         for name, shape in shapes.items():
             numel = math.prod(shape)
-            length = -(-numel // world)
-            dtype = vectors[0][0][2]
-            pieces: list[Piece] = []
-            for rank, state in enumerate(states):
-                wanted = min(length, numel - rank * length)
-                pieces += _pieces(state, vectors[rank], at, wanted, rank * length, name)
-            yield _flat(name, dtype, shape, pieces, where)
+            length = -(-numel // len(rows))
+            pieces = [
+                piece
+                for rank, row in enumerate(rows)
+                for _, _, piece in row.pieces(at, min(length, numel - rank * length), rank * length)
+            ]
+            yield _flat(name, rows[0].dtype, shape, pieces, states[0].path)
             at += length
-    for state, groups_of_rank in zip(states, vectors, strict=True):
-        held = sum(length for _, length, _ in groups_of_rank)
-        if held != at:
-            raise BrokenFile(f"{state.path} holds {held:,} elements, where its parameters take {at:,}.", hint=CONVERT)
 
 
-def _pieces(
-    state: Opened, vectors: list[tuple[int, int, str]], at: int, wanted: int, offset: int, name: str
-) -> Iterator[Piece]:
-    """`wanted` elements from element `at` of a rank's vectors on, which may reach from one into the next."""
-    begin = 0
-    for start, length, dtype in vectors:
-        if dtype != vectors[0][2]:
-            raise BrokenFile(f"{state.path} holds groups of different types.")
-        low, high = max(at, begin), min(at + wanted, begin + length)
-        if low < high:
-            yield Piece(state.file, start + (low - begin) * _size(dtype), (offset + low - at,), (high - low,))
-        begin += length
-    if wanted > 0 and at + wanted > begin:
-        raise BrokenFile(f"{state.path} ends before {name!r}: it holds {begin:,} elements.", hint="Copy it again.")
+def frozen(facts: Sequence[Opened], stage: int, where: str) -> Named:
+    """Parameters that were not trained: whole in ZeRO-2, in parts of all ranks in ZeRO-3; as the model stores them."""
+    for name, shape in shapes_of(facts[0].content.get("frozen_param_shapes") or {}).items():
+        ranks = facts if stage == 3 else facts[:1]
+        row = Row([one.vector(one.content["frozen_param_fragments"][name], repr(name)) for one in ranks], where)
+        yield _flat(name, row.dtype, shape, [piece for _, _, piece in row.pieces(0, math.prod(shape))], where)
 
 
-def _frozen(facts: list[Opened], stage: int, where: str) -> Iterator[tuple[str, Entry]]:
-    """Parameters that were not trained: whole in ZeRO-1 and 2, in parts of all ranks in ZeRO-3; as the model stores them."""
-    for name, shape in _shapes(facts[0].content.get("frozen_param_shapes") or {}).items():
-        pieces, done, dtype = [], 0, ""
-        for opened in facts if stage == 3 else facts[:1]:
-            start, length, kind = opened.vector(opened.content["frozen_param_fragments"][name], repr(name))
-            length = min(length, math.prod(shape) - done)
-            if dtype not in ("", kind):
-                raise BrokenFile(f"{where}: ranks hold {name!r} in different types.")
-            dtype = kind
-            pieces.append(Piece(opened.file, start, (done,), (length,)))
-            done += length
-        yield _flat(name, dtype, shape, pieces, where)
+def without_master(opened: Opened, known: Collection[str]) -> tuple[dict[str, Entry], list[str]]:
+    """What the model's state holds besides those `known`, as stored: buffers, and parameters that no optimizer had.
+
+    Second names of shared parameters are left to `add_shared`. Also the names of those that are not there, as ZeRO-3 keeps
+    an empty tensor in the place of a parameter that lies elsewhere.
+    """
+    second, buffers = opened.content.get("shared_params") or {}, {*(opened.content.get("buffer_names") or ())}
+    found: dict[str, Entry] = {}
+    aside = []
+    for name, value in (opened.content.get("module") or {}).items():
+        if name in known or name in second:
+            continue
+        if isinstance(value, StoredTensor) and isinstance(name, str) and (name in buffers or 0 not in value.shape):
+            row = Row([opened.vector(value, repr(name))], opened.path)
+            pieces = [piece for _, _, piece in row.pieces(0, row.length)]
+            found.update([_flat(name, row.dtype, value.shape, pieces, opened.path)])
+        else:
+            aside.append(repr(name)[:80])
+    return found, aside
 
 
-def _buffers(opened: Opened) -> Iterator[tuple[str, Entry]]:
-    for name in opened.content.get("buffer_names") or ():
-        value = opened.content["module"].get(name)
-        if value is not None:  # those that are not persistent are not stored
-            start, _, dtype = opened.vector(value, repr(name))
-            yield _flat(name, dtype, value.shape, [Piece(opened.file, start, (0,), (math.prod(value.shape),))], opened.path)
+def add_shared(entries: dict[str, Entry], opened: Opened) -> list[str]:
+    """Add the second names of shared parameters, with the master of the first. Returns those of which there is none."""
+    aside = []
+    for name, source in (opened.content.get("shared_params") or {}).items():
+        if source in entries:
+            check_name(name, opened.path)
+            entries[name] = Entry(dataclasses.replace(entries[source].info, name=name), entries[source].strips)
+        elif name not in entries:
+            aside.append(repr(name)[:80])
+    return aside
 
 
-def _size(dtype: str) -> int:
-    return TensorInfo("", dtype, (1,)).nbytes
+def left_out(where: str, aside: Sequence[str]) -> list[str]:
+    """A sentence about what was left out, if anything was."""
+    more = f" and {len(aside) - 4} more" if len(aside) > 4 else ""
+    return [f"{where}: {', '.join(aside[:4])}{more} left out; the checkpoint names it without values."] if aside else []
