@@ -72,15 +72,13 @@ def fsdp2(rank: int, size: int, *, names: tuple[str, ...] = ("fsdp",), **options
 def fsdp1(rank: int, size: int, *, names: tuple[str, ...] = (), **options: Any) -> tuple[Any, Any, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullStateDictConfig, ShardedStateDictConfig, ShardingStrategy, StateDictType
-    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
     from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
     more: dict[str, Any] = {}
     if names:
-        more["device_mesh"] = init_device_mesh(
-            "cpu", (size,) if len(names) == 1 else (2, size // 2), mesh_dim_names=names
-        )
+        more["device_mesh"] = init_device_mesh("cpu", (size,) if len(names) == 1 else (2, size // 2), mesh_dim_names=names)
     if len(names) == 2:
         more["sharding_strategy"] = ShardingStrategy.HYBRID_SHARD
     policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={Qwen2DecoderLayer})

@@ -7,8 +7,8 @@ it says, then the conversions:
     DS_ACCELERATOR=cpu python tests/real/make_zero.py DIR universal
 
 Below DIR: `NAME/` as `save_checkpoint` leaves it, without the scripts that DeepSpeed copies there, and
-`expected/NAME.safetensors`: masters as the engine itself gathers them, everything else as the module holds it. Before anything
-is written, that is compared with what DeepSpeed's `zero_to_fp32` makes of the files, and with the engine's bf16 weights.
+`expected/NAME.safetensors`: masters as the engine itself gathers them, everything else as the module holds it. Before
+anything is written, that is compared with what DeepSpeed's `zero_to_fp32` makes of the files.
 """
 
 from __future__ import annotations
