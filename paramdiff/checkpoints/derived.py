@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from paramdiff.checkpoints.base import Checkpoint, TensorInfo
 
 
@@ -79,7 +81,8 @@ class Derived:
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         if name in self._made:
-            self._made[name].read_into(self._source, offset, buffer)
+            with np.errstate(all="ignore"):  # NaN and infinite weights or scales are for the measures to tell
+                self._made[name].read_into(self._source, offset, buffer)
         elif name in self._codes:
             self._source.read_into(self._codes[name].sources[0], offset, buffer)
         else:

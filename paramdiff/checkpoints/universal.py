@@ -32,6 +32,7 @@ class Beside:
     shapes: Mapping[str, tuple[int, ...]]
     others: Mapping[str, Entry]
     aside: Sequence[str]
+    whole: bool = True  # False where the files are those of ranks among which tensors were cut, and so are the shapes
 
     @property
     def shared(self) -> Mapping[str, str]:
@@ -83,8 +84,8 @@ def _entry(name: str, path: str, files: Files, beside: Beside | None) -> Entry:
     if part.stride is not None:
         raise UnsupportedFormat(f"{path} holds a tensor that is not contiguous.")
     shape = tensor.shape
-    if beside is not None and len(shape) == 1 and len(beside.shapes.get(name, shape)) != 1:
-        shape = beside.shapes[name]  # those of one rank, where tensors were cut; but then it is not stored flat
+    if beside is not None and len(shape) == 1 and name in beside.shapes and (beside.whole or len(beside.shapes[name]) != 1):
+        shape = beside.shapes[name]
     if math.prod(shape) != part.info.numel:
         raise BrokenFile(
             f"{path} holds {part.info.numel:,} elements, where {name!r} has the shape {list(shape)}.",
@@ -118,7 +119,7 @@ def _beside(where: Path, files: Files) -> Beside | None:
         if not isinstance(first.get("shared_params") or {}, Mapping):
             raise ValueError("shared parameters that are no mapping")
         if not whole or first.get("ds_autoep_layers") or first.get("autoep_layers"):
-            return Beside(states[0], shapes, {}, [])  # of a model in parts, of which `zero/` holds all that there is
+            return Beside(states[0], shapes, {}, [], whole)  # of a model in parts, of which `zero/` holds all that there is
         others = dict(zero.frozen(states, 3 if "zero_pp" in Path(paths[0]).name else 2, str(where)))
         rest, aside = zero.without_master(states[0], {*shapes, *others})
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:

@@ -7,8 +7,8 @@ it says, then the conversions:
     DS_ACCELERATOR=cpu python tests/real/make_zero.py DIR universal
 
 Below DIR: `NAME/` as `save_checkpoint` leaves it, without the scripts that DeepSpeed copies there, and
-`expected/NAME.safetensors`: masters as the engine itself gathers them, everything else as the module holds it. Before
-anything is written, that is compared with what DeepSpeed's `zero_to_fp32` makes of the files.
+`expected/NAME.safetensors`: masters as the engine itself gathers them (but for one run), everything else as the
+module holds it. Before anything is written, that is compared with what DeepSpeed's `zero_to_fp32` makes of the files.
 """
 
 from __future__ import annotations
@@ -105,7 +105,10 @@ def make(out: Path, name: str) -> None:
         engine.backward(engine(torch.randint(0, VOCABULARY, (2, 8))))
         engine.step()
     engine.save_checkpoint(str(out / name), tag=TAG, client_state=PATTERNS)
-    expected = {n: safe_get_full_fp32_param(p).detach().clone() for n, p in trained.items()}
+    if name == "stage2_f32":  # there the model itself is in float32; and the engine looks for masters in the wrong place
+        expected = {n: p.detach().clone() for n, p in trained.items()}
+    else:
+        expected = {n: safe_get_full_fp32_param(p).detach().clone() for n, p in trained.items()}
     dist.barrier()
     if dist.get_rank():
         return
