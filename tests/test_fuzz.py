@@ -22,9 +22,16 @@ def test_damaged_checkpoints_are_read_or_refused(tmp_path: Path) -> None:
     save_file(model(), str(tmp_path / "safetensors" / "model.safetensors"))
     (tmp_path / "torch").mkdir()
     torch.save({"model": model()}, tmp_path / "torch" / "pytorch_model.bin")
-    corpus = [tmp_path / "dcp", tmp_path / "safetensors", tmp_path / "torch", ROOT / "tests/real/megatron/iter_0000002"]
+    real = [
+        "megatron/iter_0000002",
+        "zero/stage2",
+        "zero/stage3_groups",
+        "zero/stage3_groups_universal",
+        "quantised/nf4_double",
+    ]
+    corpus = [tmp_path / "dcp", tmp_path / "safetensors", tmp_path / "torch", *(ROOT / "tests/real" / name for name in real)]
     told = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz", *map(str, corpus), "--seconds", "6"],
+        [sys.executable, "-m", "tests.fuzz", *map(str, corpus), "--seconds", "15"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert told.returncode == 0, told.stdout[-4000:] + told.stderr[-2000:]

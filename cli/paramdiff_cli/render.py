@@ -83,9 +83,8 @@ def heading(diff: Diff) -> Text:
     summary = diff.summary()
     types = summary["dtype_base"], summary["dtype_tuned"]
     said = f"both sides stored in {types[0]}" if types[0] == types[1] else f"base stored in {types[0]}, tuned in {types[1]}"
-    for side in ("base", "tuned"):
-        if f"stored_{side}" in summary:
-            said += f" ({side}: {summary[f'stored_{side}'].replace('+', ', ')})"
+    from_what = [f"{side} from {summary[f'stored_{side}']}" for side in ("base", "tuned") if f"stored_{side}" in summary]
+    said += f" ({', '.join(from_what)})" if from_what else ""
     plural = "" if summary["tensors"] == 1 else "s"
     return Text(
         f"base   {sink.printable(summary['base'])}\ntuned  {sink.printable(summary['tuned'])}\n"

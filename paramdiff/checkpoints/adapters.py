@@ -76,7 +76,7 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_bytes()[:10_000_000])
+        settings = json.loads(path.read_bytes()[:10_000_000].decode("utf-8"))
         if not isinstance(settings, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError, RecursionError) as error:

@@ -163,7 +163,7 @@ def _bitsandbytes(checkpoint: Checkpoint, state: str, name: str) -> Made | None:
     raw = bytearray(described.numel)
     checkpoint.read_into(state, 0, memoryview(raw))
     try:
-        said = json.loads(bytes(raw))
+        said = json.loads(raw.decode("utf-8"))
         shape = tuple(said["shape"])
         block, nested = said["blocksize"], said.get("nested_blocksize", 0)
         offset = float(said.get("nested_offset", 0.0))

@@ -172,7 +172,7 @@ def test_values_and_codes_are_compared(tmp_path: Path) -> None:
     assert diff.run["warnings"] == []
     shown = run("sparsity", base, tuned).stdout
     assert "9 of 77,100 quantised codes changed" in shown
-    assert "base: fp8_block" in shown
+    assert "(base from fp8_block, tuned from fp8_block)" in shown
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nvfp4"])
