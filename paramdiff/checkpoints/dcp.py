@@ -76,7 +76,7 @@ def _read_metadata(path: str) -> tuple[list[Stored], dict[tuple[str, tuple[int, 
             data = file.read(pickles.MAX_BYTES + 1)
         if len(data) > pickles.MAX_BYTES:
             raise ValueError(f"it is over {pickles.MAX_BYTES:,} bytes long")
-        metadata = _attributes(pickles.load(data), "Metadata")
+        metadata = pickles.attributes(pickles.load(data), "Metadata")
         planned = metadata.get("planner_data")
         paths = planned if isinstance(planned, Mapping) else {}
         stored = [
@@ -96,16 +96,6 @@ def _read_metadata(path: str) -> tuple[list[Stored], dict[tuple[str, tuple[int, 
         ) from error
 
 
-def _attributes(value: Any, kind: str) -> Mapping[str, Any]:
-    """The attributes of an object of class `kind`; with slots, they are the second of two states."""
-    if not (isinstance(value, Opaque) and value.kind.rpartition(".")[2].endswith(kind)):
-        raise ValueError(f"a {kind} is missing")
-    state = value.state[1] if isinstance(value.state, tuple) and len(value.state) == 2 else value.state
-    if not isinstance(state, Mapping):
-        raise ValueError(f"a {kind} has no attributes")
-    return state
-
-
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Opaque) and value.kind.endswith("TensorStorageMetadata")
 
@@ -113,37 +103,31 @@ def _is_tensor(value: Any) -> bool:
 def _stored(key: Any, value: Any, path: Any) -> Stored:
     if not isinstance(key, str):
         raise ValueError("a key is no text")
-    found = _attributes(value, "TensorStorageMetadata")
+    found = pickles.attributes(value, "TensorStorageMetadata")
     properties = found["properties"].state
     properties = properties if isinstance(properties, tuple) else (properties["dtype"],)
     dtype = getattr(properties[0], "dtype", None)
     if dtype not in DTYPES:
         raise pickles.Unsupported(f"it holds {key[:80]!r} in an element type that this version does not know")
     chunks = tuple(
-        (_whole(part["offsets"]), _whole(part["sizes"]))
-        for part in (_attributes(chunk, "ChunkStorageMetadata") for chunk in found["chunks"])
+        (pickles.sizes(part["offsets"]), pickles.sizes(part["sizes"]))
+        for part in (pickles.attributes(chunk, "ChunkStorageMetadata") for chunk in found["chunks"])
     )
     parts = tuple(map(str, path)) if isinstance(path, tuple) and path else (key,)
-    return Stored(key, parts, TensorInfo(parts[-1], dtype, _whole(found["size"])), chunks)
-
-
-def _whole(numbers: Any) -> tuple[int, ...]:
-    if not (isinstance(numbers, (tuple, list)) and len(numbers) < pickles.MAX_RANK and all(map(pickles.is_whole, numbers))):
-        raise ValueError("a shape or an offset is none")
-    return tuple(numbers)
+    return Stored(key, parts, TensorInfo(parts[-1], dtype, pickles.sizes(found["size"])), chunks)
 
 
 def _records(storage: Any) -> dict[tuple[str, tuple[int, ...] | None], Record]:
     records = {}
     for index, place in storage.items():
-        which, where = _attributes(index, "MetadataIndex"), _attributes(place, "_StorageInfo")
+        which, where = pickles.attributes(index, "MetadataIndex"), pickles.attributes(place, "_StorageInfo")
         offset = which.get("offset")
         name, start, length = where["relative_path"], where["offset"], where["length"]
         if where.get("transform_descriptors"):
             raise pickles.Unsupported("its parts are compressed or encrypted")
         if not (isinstance(name, str) and Path(name).name == name and pickles.is_whole(start) and pickles.is_whole(length)):
             raise ValueError("a part's place is no file name and range")
-        records[str(which["fqn"]), None if offset is None else _whole(offset)] = Record(name, start, length)
+        records[str(which["fqn"]), None if offset is None else pickles.sizes(offset)] = Record(name, start, length)
     return records
 
 

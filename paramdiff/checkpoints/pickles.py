@@ -11,7 +11,7 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -337,6 +337,26 @@ def _tensor_v3(
 def is_whole(number: Any) -> bool:
     """True for an integer from 0 up that a file may mean."""
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 63
+
+
+def attributes(value: Any, kind: str = "") -> Mapping[str, Any]:
+    """The attributes of an `Opaque`, of a class whose name ends in `kind`; with slots, they are the second of two states.
+
+    Raises `ValueError` for anything else.
+    """
+    if not (isinstance(value, Opaque) and value.kind.endswith(kind)):
+        raise ValueError(f"a {kind or 'described object'} is missing")
+    state = value.state[1] if isinstance(value.state, tuple) and len(value.state) == 2 else value.state
+    if not isinstance(state, Mapping):
+        raise ValueError(f"a {value.kind[-60:]} has no attributes")
+    return state
+
+
+def sizes(numbers: Any) -> tuple[int, ...]:
+    """A shape or an offset, as a tuple. Raises `ValueError` for what is none."""
+    if not (isinstance(numbers, (tuple, list)) and len(numbers) < MAX_RANK and all(map(is_whole, numbers))):
+        raise ValueError("a shape or an offset is none")
+    return tuple(numbers)
 
 
 def _same(value: Any, *_: Any) -> Any:

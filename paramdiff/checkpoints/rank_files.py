@@ -101,21 +101,6 @@ def _locals(name: str, value: Any, rank: int, file: int, storages: Storages, pat
     )
 
 
-def _attributes(value: Any) -> Mapping[str, Any]:
-    """The attributes of an object; with slots, they are the second of two states."""
-    state = value.state
-    state = state[1] if isinstance(state, tuple) and len(state) == 2 and not isinstance(state[1], bool) else state
-    if not isinstance(state, Mapping):
-        raise ValueError(f"a {value.kind[-60:]} without attributes")
-    return state
-
-
-def _shape(numbers: Any) -> tuple[int, ...]:
-    if not (isinstance(numbers, (tuple, list)) and len(numbers) < pickles.MAX_RANK and all(map(pickles.is_whole, numbers))):
-        raise ValueError("a shape or an offset is none")
-    return tuple(numbers)
-
-
 def _piece(name: str, tensor: StoredTensor, file: int, storages: Storages, path: str) -> tuple[Piece, str]:
     entry = entry_of(name, tensor, file, storages, path)
     if entry.stride is not None:
@@ -124,24 +109,25 @@ def _piece(name: str, tensor: StoredTensor, file: int, storages: Storages, path:
 
 
 def _of_dtensor(name: str, value: Opaque, rank: int, file: int, storages: Storages, path: str) -> Local:
-    state = _attributes(value)
-    spec, local = _attributes(state["_spec"]), state["_local_tensor"]
+    state = pickles.attributes(value)
+    spec, local = pickles.attributes(state["_spec"]), state["_local_tensor"]
     if not isinstance(local, StoredTensor):
         raise UnsupportedFormat(f"{path} holds the part of {name!r} as {getattr(local, 'kind', 'no plain tensor')}.")
-    shape = _shape(spec["tensor_meta"].args[0] if spec["tensor_meta"].args else _attributes(spec["tensor_meta"])["shape"])
+    meta = spec["tensor_meta"]
+    shape = pickles.sizes(meta.args[0] if meta.args else pickles.attributes(meta)["shape"])
     sharded: list[int | None] = []
     for placement in spec["placements"]:
         kind = placement.kind.rpartition(".")[2]
         if kind == "Replicate":
             sharded.append(None)
         elif kind == "Shard":
-            sharded.append(int(_attributes(placement)["dim"]) % max(len(shape), 1))
+            sharded.append(int(pickles.attributes(placement)["dim"]) % max(len(shape), 1))
         else:
             raise UnsupportedFormat(
                 f"{path} holds {name!r} with the placement {kind}, which this version does not put together.",
                 hint="Save a full state dict, or export the model as safetensors, first.",
             )
-    coordinates = _coordinates(_attributes(spec["mesh"]), rank, len(sharded))
+    coordinates = _coordinates(pickles.attributes(spec["mesh"]), rank, len(sharded))
     piece, dtype = _piece(name, local, file, storages, path)
     if local.shape and len(local.shape) != len(shape) and 0 not in local.shape:
         raise ValueError(f"a part of {list(local.shape)} of a tensor of {list(shape)}")
@@ -169,13 +155,13 @@ def _coordinates(mesh: Mapping[str, Any], rank: int, dimensions: int) -> tuple[i
 
 
 def _of_sharded(name: str, value: Opaque, rank: int, file: int, storages: Storages, path: str) -> list[Local]:
-    shards, metadata = value.state[0], _attributes(value.state[1])
-    shape = _shape(metadata["size"])
+    shards, metadata = value.state[0], pickles.attributes(value.state[1])
+    shape = pickles.sizes(metadata["size"])
     found = []
     for shard in shards:
-        held = _attributes(shard)
-        place = _attributes(held["metadata"])
-        offset, size, local = _shape(place["shard_offsets"]), _shape(place["shard_sizes"]), held["tensor"]
+        held = pickles.attributes(shard)
+        place = pickles.attributes(held["metadata"])
+        offset, size, local = pickles.sizes(place["shard_offsets"]), pickles.sizes(place["shard_sizes"]), held["tensor"]
         if not isinstance(local, StoredTensor) or local.shape != size:
             raise ValueError(f"a shard that should be {list(size)}")
         piece, dtype = _piece(name, local, file, storages, path)
