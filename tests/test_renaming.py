@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -391,14 +390,13 @@ def test_no_tensor_is_lost_or_doubled(base: list[str], tuned: list[str]) -> None
     assert all(sides[n][name].info.name == name for n in (0, 1) for name in common)  # what fits already is left alone
 
 
-def test_many_names_take_no_more_than_moments() -> None:
+def test_thirty_thousand_names() -> None:
+    """A loop over pairs of them would not end."""
     stored = [
         f"model.layers.{n}.mlp.experts.{k}.{w}_proj.weight" for n in range(60) for k in range(250) for w in ("up", "down")
     ]
-    began = time.process_time()
     sides = renaming.reconcile(parts(stored), parts([f"app.{name}" for name in stored]), ({}, {}))
     assert sides[0].keys() == sides[1].keys()
-    assert time.process_time() - began < 30  # against a quadratic loop, which would take hours
 
 
 def test_json_says_which_rules(tmp_path: Path) -> None:
