@@ -255,8 +255,10 @@ def test_a_model_without_its_head(tmp_path: Path) -> None:
 def test_a_prefix_that_leads_to_little_is_not_taken(tmp_path: Path) -> None:
     """Of a vision tower's many tensors one happens to be named as one of the language model."""
     tower = {f"vision.blocks.{n}.weight": W for n in range(5)} | {"vision.norm.weight": W[0]}
-    plan = pair(tmp_path, {"norm.weight": W[0], "head.weight": W}, tower | {"head.weight": W})
+    model = {"norm.weight": W[0], "blocks.0.weight": W, "head.weight": W}
+    plan = pair(tmp_path, model, tower | {"head.weight": W})
     assert rules(plan) == {"head.weight": "same_name"}
+    assert len(plan.coverage) == 2 + 6
 
 
 def test_the_wrappers_and_the_prefix(tmp_path: Path) -> None:
@@ -300,6 +302,11 @@ def test_moves_of_vision_language_models(tmp_path: Path, one: str, another: str,
     assert len(plan.tensors) == 7
     assert plan.coverage == []
     assert_equal_everywhere(plan)
+
+
+def test_parts_of_another_shape_are_not_moved(tmp_path: Path) -> None:
+    plan = pair(tmp_path, {"model.visual.w": W, "x": W}, {"visual.w": W[:2], "x": W})
+    assert rules(plan) == {"x": "same_name"}
 
 
 def test_gamma_and_beta(tmp_path: Path) -> None:

@@ -199,6 +199,13 @@ def test_one_named_place_beside_another_is_said(tmp_path: Path) -> None:
     assert_same(checkpoint, model(0))
 
 
+def test_of_two_usual_names_the_more_usual_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "ckpt", {"module": model(1), "model": model(0)})
+    checkpoint = checkpoints.open(str(path))
+    assert checkpoint.warnings == [f"{path}: the tensors under 'model' are read, not 'module'."]
+    assert_same(checkpoint, model(0))
+
+
 def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
     state = {"scale": torch.tensor(2.5), "none": torch.zeros(0, 4), "one": torch.ones(1)}
     assert_same(checkpoints.open(str(write(tmp_path / "ckpt", {"model": state}))), state)

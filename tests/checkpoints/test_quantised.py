@@ -196,6 +196,13 @@ def test_against_unquantised_weights_the_error_is_said(tmp_path: Path) -> None:
     assert paramdiff.compare(REAL / "nvfp4", tmp_path / "tuned").tensors["changed_bf16"].to_list() == [0, 0]
 
 
+def test_codes_of_two_formats_are_not_compared() -> None:
+    """nf4 and fp4 both have four bits, which mean other values."""
+    diff = paramdiff.compare(REAL / "nf4", REAL / "fp4")
+    assert "codes" not in diff.summary()
+    assert diff.run["warnings"] == ["The change contains the error of quantisation: nf4 against fp4."]
+
+
 def test_spectra_leave_the_codes_out() -> None:
     diff = paramdiff.compare(REAL / "nf4", REAL / "nf4_double", measures=["change", "spectrum"])
     assert diff.ranks.height == 2

@@ -159,6 +159,19 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
     torch.save(content, path)
 
 
+def test_gaps_between_parameters(tmp_path: Path) -> None:
+    """Newer versions begin parameters at even places, and say how much they left out."""
+    weights = zero2(tmp_path / "a")
+    flat = torch.cat([weights["a.weight"].flatten(), torch.full((5,), 9.0), weights["b.weight"], torch.zeros(1)])
+
+    def changed(content: Any) -> None:
+        content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0] = flat
+        content["optimizer_state_dict"]["param_alignment_paddings"] = [[5, 0]]
+
+    edit(tmp_path / "a" / "zero_pp_rank_0_mp_rank_00_optim_states.pt", changed)
+    assert_same(checkpoints.open(str(tmp_path / "a")), weights)
+
+
 def test_files_of_more_ranks_than_there_are(tmp_path: Path) -> None:
     zero2(tmp_path / "a", 2)
     for rank in range(2):
