@@ -307,6 +307,7 @@ def test_moves_of_vision_language_models(tmp_path: Path, one: str, another: str,
 def test_parts_of_another_shape_are_not_moved(tmp_path: Path) -> None:
     plan = pair(tmp_path, {"model.visual.w": W, "x": W}, {"visual.w": W[:2], "x": W})
     assert rules(plan) == {"x": "same_name"}
+    assert {e.reason for e in plan.coverage} == {"only_base", "only_tuned"}
 
 
 def test_gamma_and_beta(tmp_path: Path) -> None:
