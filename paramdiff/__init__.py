@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paramdiff.comparing import compare
-    from paramdiff.diff import Diff, load
+    from paramdiff.diff import Diff
     from paramdiff.errors import (
         BrokenFile,
         ChangedWhileReading,
@@ -29,11 +29,16 @@ if TYPE_CHECKING:
         ParamdiffError,
         UnsupportedFormat,
     )
+    from paramdiff.loading import load
+    from paramdiff.moments import Moments
+    from paramdiff.optimizers import OptimizerState, optimizer
+    from paramdiff.optimizers.measuring import adam
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Diff": "diff", "compare": "comparing", "load": "diff",
+    "Diff": "diff", "compare": "comparing", "load": "loading", "Moments": "moments", "adam": "optimizers.measuring",
+    "OptimizerState": "optimizers", "optimizer": "optimizers",
     "ParamdiffError": "errors", "CheckpointError": "errors", "NotFound": "errors", "UnsupportedFormat": "errors",
     "BrokenFile": "errors", "ChangedWhileReading": "errors", "PairingError": "errors", "NothingToCompare": "errors",
     "OptionError": "errors", "DeviceError": "errors", "OutputError": "errors",
@@ -45,15 +50,19 @@ __all__ = [
     "CheckpointError",
     "DeviceError",
     "Diff",
+    "Moments",
     "NotFound",
     "NothingToCompare",
+    "OptimizerState",
     "OptionError",
     "OutputError",
     "PairingError",
     "ParamdiffError",
     "UnsupportedFormat",
+    "adam",
     "compare",
     "load",
+    "optimizer",
 ]
 
 

@@ -46,6 +46,8 @@ class Arrays(Protocol):
     def positions(self, mask: Array) -> Array: ...
     def dot(self, a: Array, b: Array) -> Number: ...
     def total(self, a: Array) -> Number: ...
+    def sqrt(self, a: Array) -> Array: ...
+    def log(self, a: Array) -> Array: ...
     def maximum(self, a: Array) -> Number: ...
     def clip(self, a: Array, low: int, high: int) -> Array: ...
     def histogram(self, keys: Array, bins: int) -> Array: ...
@@ -90,6 +92,12 @@ class NumpyArrays:
 
     def total(self, a: Array) -> Number:
         return float(np.einsum("i->", a, dtype=np.float64))
+
+    def sqrt(self, a: Array) -> Array:
+        return np.sqrt(a)
+
+    def log(self, a: Array) -> Array:
+        return np.log(a)
 
     def maximum(self, a: Array) -> Number:
         return a.max().item() if a.size else 0
@@ -199,6 +207,12 @@ class TorchArrays:
 
     def total(self, a: Array) -> Number:
         return a.sum(dtype=self.torch.float64)
+
+    def sqrt(self, a: Array) -> Array:
+        return self.torch.sqrt(a)
+
+    def log(self, a: Array) -> Array:
+        return self.torch.log(a)
 
     def maximum(self, a: Array) -> Number:
         return a.max() if a.numel() else self.torch.zeros((), dtype=a.dtype, device=a.device)

@@ -37,11 +37,15 @@ def collect(
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    identify: Callable[[Aligned], dict[str, Any]] | None = None,
 ) -> Collected:
     """Read everything once and measure it. Accumulators live only until their tensor is complete.
 
+    `identify` gives the columns that say which tensor a row speaks of (by default those of a pair).
+
     Raises what reading raises (`BrokenFile`, `ChangedWhileReading`) and `DeviceError`.
     """
+    identify = identify or identity
     began, started = time.perf_counter(), datetime.now(UTC)
     total = sum(span.nbytes for span in spans(alignment))
     missing = {index: tensor.numel for index, tensor in enumerate(alignment.tensors)}
@@ -57,11 +61,13 @@ def collect(
             if progress is not None:
                 progress(done, total)
             if not missing[span.tensor]:
-                finished[span.tensor] = _finish(alignment.tensors[span.tensor], measures, options, partial.pop(span.tensor))
+                tensor = alignment.tensors[span.tensor]
+                finished[span.tensor] = _finish(tensor, identify(tensor), measures, options, partial.pop(span.tensor))
     collected = Collected([], device=used, started=started, bytes_read=done)
     for index, tensor in enumerate(alignment.tensors):
         if index not in finished:  # a tensor without elements has no spans
-            finished[index] = _finish(tensor, measures, options, {measure.NAME: Accumulator() for measure in measures})
+            nothing = {measure.NAME: Accumulator() for measure in measures}
+            finished[index] = _finish(tensor, identify(tensor), measures, options, nothing)
         row, tables = finished[index]
         collected.rows.append(row)
         for name, rows in tables.items():
@@ -73,9 +79,12 @@ def collect(
 
 
 def _finish(
-    tensor: Aligned, measures: Sequence[Measure], options: Options, accumulators: dict[str, Accumulator]
+    tensor: Aligned,
+    row: dict[str, Any],
+    measures: Sequence[Measure],
+    options: Options,
+    accumulators: dict[str, Accumulator],
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    row = identity(tensor)
     tables: dict[str, list[dict[str, Any]]] = {}
     for measure in measures:
         row |= measure.columns(accumulators[measure.NAME], tensor, options)

@@ -11,7 +11,7 @@ import polars as pl
 
 from paramdiff import tables
 from paramdiff.errors import OptionError
-from paramdiff.output import load_tables, save_tables
+from paramdiff.output import save_tables
 from paramdiff.pairing import CODES
 
 Ref = str | PathLike[str]
@@ -155,8 +155,3 @@ class Diff:
 
         keep = [c for c in ("kind", "tensors", "numel", "changed", "sparsity", "rel_l2") if c in self.by("kind").columns]
         return f"<p>{escape(repr(self))}</p>" + self.by("kind").select(keep)._repr_html_()
-
-
-def load(directory: Ref) -> Diff:
-    """A `Diff` that was saved. Raises `OutputError` where the directory holds none."""
-    return Diff(*load_tables(Path(fspath(directory))))

@@ -72,17 +72,18 @@ def place(name: str) -> Place:
         words.pop()
     leaf = words[-1] if words else name
     expert = _number_after(parts, "experts")
-    layer = next((int(p) for i, p in enumerate(parts) if _is_number(p) and (i == 0 or parts[i - 1] != "experts")), None)
+    layer = next((int(p) for i, p in enumerate(parts) if is_number(p) and (i == 0 or parts[i - 1] != "experts")), None)
     owner = next((word for word in words[:-1] if word in EXPERTS), None)
     return Place(layer, f"{owner}.{leaf}" if owner else leaf, _kind(words, leaf), expert)
 
 
-def _is_number(part: str) -> bool:
+def is_number(part: str) -> bool:
+    """True for a part of a name that counts layers or experts."""
     return part.isdecimal() and len(part) < 10  # longer ones are no layer, and Python refuses to read very long ones
 
 
 def _number_after(parts: list[str], word: str) -> int | None:
-    return next((int(b) for a, b in itertools.pairwise(parts) if a == word and _is_number(b)), None)
+    return next((int(b) for a, b in itertools.pairwise(parts) if a == word and is_number(b)), None)
 
 
 def _kind(words: list[str], leaf: str) -> str:

@@ -54,27 +54,29 @@ def roll_up(tensors: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
 
     Raises `OptionError` for a key that is no column.
     """
-    return _grouped(tensors, keys, pooled)
+    return grouped(tensors, keys, pooled)
 
 
 def roll_up_ranks(ranks: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
     """Pool matrices by `keys` (none: all in one row); see `pooled_ranks`. Raises `OptionError` as `roll_up` does."""
-    return _grouped(ranks, keys, pooled_ranks)
+    return grouped(ranks, keys, pooled_ranks)
 
 
 def roll_up_subspaces(found: pl.DataFrame, keys: Sequence[str]) -> pl.DataFrame:
     """Pool matrices by k and `keys`; see `pooled_subspaces`. Raises `OptionError` as `roll_up` does."""
-    return _grouped(found, ["k", *keys], pooled_subspaces)
+    return grouped(found, ["k", *keys], pooled_subspaces)
 
 
-def _grouped(table: pl.DataFrame, keys: Sequence[str], pool: Callable[[pl.DataFrame], dict[str, Any]]) -> pl.DataFrame:
+def grouped(table: pl.DataFrame, keys: Sequence[str], pool: Callable[[pl.DataFrame], dict[str, Any]]) -> pl.DataFrame:
+    """One row of `pool` for each group. Raises `OptionError` for a key that is no column, or one of lists."""
     unknown = [key for key in keys if key not in table.columns]
     if unknown:
         raise OptionError(f"There is no column {unknown[0]!r} to group by.", hint="Try layer, module, kind or expert.")
     nested = [key for key in keys if table.schema[key].is_nested()]
     if nested:
         raise OptionError(f"Column {nested[0]!r} holds lists and cannot group.", hint="Try layer, module or kind.")
-    table = table.filter(pl.col("duplicate_of").is_null())
+    if "duplicate_of" in table.columns:
+        table = table.filter(pl.col("duplicate_of").is_null())
     if not keys:
         return pl.DataFrame([pool(table)], infer_schema_length=None)
     groups = table.partition_by(list(keys), as_dict=True, maintain_order=True)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from paramdiff_cli import inspect, layers, rank, sink, sparsity, subspace
+from paramdiff_cli import adam, inspect, layers, rank, sink, sparsity, subspace
 
 app = typer.Typer(
     name="paramdiff",
@@ -53,7 +53,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for command in (sparsity.sparsity, layers.layers, rank.rank, subspace.subspace, inspect.inspect):
+for command in (sparsity.sparsity, layers.layers, rank.rank, subspace.subspace, adam.adam, inspect.inspect):
     app.command(command.__name__)(guarded(command))
 
 

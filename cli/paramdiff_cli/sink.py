@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from paramdiff import Diff
+    from paramdiff import Diff, Moments
 
 
 WIDTH = 160  # where the output is no terminal
@@ -76,15 +76,25 @@ def subspaces(diff: Diff) -> dict[str, Any]:
     }
 
 
+def moments(found: Moments) -> dict[str, Any]:
+    """What `--json` says of optimizer state: by module, by layer and by parameter; of two checkpoints, with ratios."""
+    told: dict[str, Any] = {}
+    for key, name in (("module", "by_module"), ("layer", "by_layer")):
+        told[name] = {side: found.by(key, side=side).to_dicts() for side in found.sides}
+        if len(found.sides) == 2:
+            told[name]["ratios"] = found.ratios(key).to_dicts()
+    return told | {"by_parameter": found.parameters.to_dicts()}
+
+
 @contextmanager
-def progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(quiet: bool, doing: str = "comparing") -> Iterator[Callable[[int, int], None] | None]:
     """A bar with bytes, rate and time left on stderr; None where nobody watches."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("comparing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(doing), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -88,8 +88,8 @@ def inside(path: Path, depth: int = 0) -> tuple[Path, list[str]] | None:
     if depth >= DEEPEST:
         return None
     below = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-    tags = _tags(path, below)
-    for name in [*tags, *(one for one in INSIDE if one in below)]:
+    tagged = tags(path, below)
+    for name in [*tagged, *(one for one in INSIDE if one in below)]:
         found = path / name
         if not holds_weights(found, depth + 1):
             continue
@@ -98,7 +98,7 @@ def inside(path: Path, depth: int = 0) -> tuple[Path, list[str]] | None:
     return None
 
 
-def _tags(path: Path, below: list[str]) -> list[str]:
+def tags(path: Path, below: list[str]) -> list[str]:
     """DeepSpeed's directory within: the one that `latest` names, else the only one that there is."""
     try:
         with open(path / "latest", "rb") as file:

@@ -12,7 +12,7 @@ import re
 import struct
 import zipfile
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,48 +48,22 @@ class Entry:
     stride: tuple[int, ...] | None
 
 
-def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | None) -> TorchCheckpoint:
-    """The entry of `checkpoints.CONTAINERS`. Raises `UnsupportedFormat` or `BrokenFile`."""
-    return TorchCheckpoint(ref, located, config, key)
-
-
-class TorchCheckpoint(OnFiles):
-    """One or several files of torch.save that together are one model; see `Checkpoint` for the interface.
-
-    `key` names the entry of the file that holds the weights, where there are several.
-    """
+class TorchTensors(OnFiles):
+    """Tensors of files of torch.save, each in one place, contiguous or not; see `Checkpoint` for the interface."""
 
     format = "torch"
 
-    def __init__(self, ref: str, located: Located, config: dict[str, Any] | None, key: str | None = None) -> None:
-        self.ref, self.warnings = ref, list(located.warnings)
-        self.config: Mapping[str, Any] | None = config
-        self._files = Files()
-        self._entries: dict[str, Entry] = {}
-        try:
-            for path in located.files:
-                self._add_file(path, key, located.shard_of)
-            check_index(located.shard_of, self._entries)
-        except BaseException:
-            self.close()
-            raise
-        self.tensors: Mapping[str, TensorInfo] = {name: entry.info for name, entry in self._entries.items()}
-
-    def _add_file(self, path: str, key: str | None, shard_of: dict[str, str] | None) -> None:
-        file = self._files.add(path)
-        content, storages = read_file(self._files, file)
-        weights, said = find_weights(content, path, key)
-        self.warnings += said
-        strays = strays_of(shard_of, path, weights, self.warnings)
-        for name, tensor in weights.items():
-            if name in strays:
-                continue
-            if name in self._entries:
-                other = self._files.paths[self._entries[name].file]
-                raise BrokenFile(
-                    f"Tensor {name!r} is stored twice, in {other} and in {path}.", hint="Name the one file to read."
-                )
-            self._entries[name] = entry_of(name, tensor, file, storages, path)
+    def __init__(
+        self,
+        ref: str,
+        files: Files,
+        entries: Mapping[str, Entry],
+        config: Mapping[str, Any] | None = None,
+        warnings: Sequence[str] = (),
+    ) -> None:
+        self.ref, self.config, self.warnings = ref, config, list(warnings)
+        self._files, self._entries = files, entries
+        self.tensors: Mapping[str, TensorInfo] = {name: entry.info for name, entry in entries.items()}
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         entry = self._entries[name]
@@ -102,6 +76,43 @@ class TorchCheckpoint(OnFiles):
         strides = tuple(size * step for step in entry.stride)
         view = np.lib.stride_tricks.as_strided(whole, (*entry.info.shape, size), (*strides, 1), writeable=False)
         buffer[:] = view.flat[offset : offset + len(buffer)].tobytes()  # copies this range alone
+
+
+def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | None) -> TorchTensors:
+    """Open one or several files that together are one model. `key` names the entry that holds the weights, where there are
+    several.
+
+    Raises `UnsupportedFormat` or `BrokenFile`.
+    """
+    files, entries, warnings = Files(), dict[str, Entry](), list(located.warnings)
+    try:
+        for path in located.files:
+            warnings += _add_file(path, key, located.shard_of, files, entries)
+        check_index(located.shard_of, entries)
+    except BaseException:
+        files.close()
+        raise
+    return TorchTensors(ref, files, entries, config, warnings)
+
+
+def _add_file(
+    path: str, key: str | None, shard_of: dict[str, str] | None, files: Files, entries: dict[str, Entry]
+) -> list[str]:
+    """Add the weights of one file to `entries`. Returns sentences about what else was there."""
+    file = files.add(path)
+    content, storages = read_file(files, file)
+    weights, said = find_weights(content, path, key)
+    strays = strays_of(shard_of, path, weights, said)
+    for name, tensor in weights.items():
+        if name in strays:
+            continue
+        if name in entries:
+            other = files.paths[entries[name].file]
+            raise BrokenFile(
+                f"Tensor {name!r} is stored twice, in {other} and in {path}.", hint="Name the one file to read."
+            )
+        entries[name] = entry_of(name, tensor, file, storages, path)
+    return said
 
 
 def read_file(files: Files, file: int) -> tuple[Any, Storages]:

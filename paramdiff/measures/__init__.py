@@ -6,7 +6,7 @@ into columns of `tensors.parquet`, `tables` into rows of further tables. Nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol, cast, runtime_checkable
@@ -32,7 +32,7 @@ class Measure(Protocol):
 
     NAME: str
 
-    def update(self, acc: Accumulator, block: PairBlock, options: Options) -> None: ...
+    def update(self, acc: Accumulator, block: Any, options: Options) -> None: ...
     def columns(self, acc: Accumulator, tensor: Aligned, options: Options) -> dict[str, Any]: ...
     def tables(self, acc: Accumulator, tensor: Aligned) -> dict[str, list[dict[str, Any]]]: ...
 
@@ -48,6 +48,13 @@ class WholeTensorMeasure(Protocol):
     def finish(self, acc: Accumulator, tensor: Aligned, options: Options, x: Arrays) -> None: ...
     def scratch(self, tensor: Aligned, options: Options) -> int: ...
     def on_cpu(self, options: Options) -> bool: ...
+
+
+@runtime_checkable
+class OtherBlocks(Protocol):
+    """A measure that reads something other than a pair says what its blocks are made with. It is run without others."""
+
+    block: Callable[[Arrays, Aligned, Window, Sequence[Array]], Any]
 
 
 MEASURES = {name: f"paramdiff.measures.{name}" for name in ("change", "magnitude", "rows", "spectrum", "subspace")}
@@ -108,10 +115,11 @@ def fold(
 ) -> dict[str, Accumulator]:
     """Run measures over blocks of one tensor. Returns one settled accumulator for each, by name."""
     accumulators = {measure.NAME: Accumulator() for measure in measures}
+    make_block = next((measure.block for measure in measures if isinstance(measure, OtherBlocks)), PairBlock)
     # NaN and infinity in weights are data here, not accidents: inf - inf is meant to be NaN, in silence.
     with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
         for window, raw in blocks:
-            block = PairBlock(x, tensor, window, raw)
+            block = make_block(x, tensor, window, raw)
             for measure in measures:
                 measure.update(accumulators[measure.NAME], block, options)
         for measure in measures:
