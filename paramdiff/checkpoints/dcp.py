@@ -19,13 +19,13 @@ from paramdiff.checkpoints.base import Located, TensorInfo, check_name
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pickles import Opaque, StoredTensor
 from paramdiff.checkpoints.pieces import Assembled, Entry, Piece, assemble
-from paramdiff.checkpoints.torch_file import NESTS, NOT_WEIGHTS, entry_of, read_archive
+from paramdiff.checkpoints.torch_file import NESTS, NOT_WEIGHTS, Storages, entry_of, read_archive
 from paramdiff.dtypes import DTYPES
 from paramdiff.errors import BrokenFile, UnsupportedFormat
 
 OPTIMIZER_STATE = {  # what optimizers keep for each parameter, by torch's names and those of its relatives
     "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum",
-    "exp_inf", "state1", "state2", "exp_avg_sq_row", "exp_avg_sq_col",
+    "exp_inf", "state1", "state2", "exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var", "variance", "mu_product",
 }  # fmt: skip
 
 
@@ -57,20 +57,29 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
     Raises `BrokenFile`, or `UnsupportedFormat` for compressed parts and types that are not read.
     """
     where = str(Path(located.files[0]).parent)
-    stored, records = _read_metadata(located.files[0])
-    chosen, said = _weights(stored, where, key)
+    metadata = read_metadata(located.files[0])
+    chosen, said = _weights(metadata.tensors, where, key)
     files = Files()
     try:
-        numbers: dict[str, int] = {}
-        seen: dict[bytes, Any] = {}
-        entries = {name: _entry(name, one, records, files, numbers, seen, where) for name, one in chosen.items()}
+        parts = Parts(metadata, files, where)
+        entries = {name: parts.entry(name, one) for name, one in chosen.items()}
     except BaseException:
         files.close()
         raise
     return Assembled(ref, "dcp", files, entries, config, [*located.warnings, *said])
 
 
-def _read_metadata(path: str) -> tuple[list[Stored], dict[tuple[str, tuple[int, ...] | None], Record]]:
+@dataclass(frozen=True)
+class Metadata:
+    """What `.metadata` says: tensors, other values by the path of each in what was saved, and where their parts lie."""
+
+    tensors: list[Stored]
+    values: dict[str, tuple[Any, ...]]
+    records: Mapping[tuple[str, tuple[int, ...] | None], Record]
+
+
+def read_metadata(path: str) -> Metadata:
+    """Read a file `.metadata`. Raises `BrokenFile` or `UnsupportedFormat`."""
     try:
         with builtins.open(path, "rb") as file:
             data = file.read(pickles.MAX_BYTES + 1)
@@ -79,12 +88,10 @@ def _read_metadata(path: str) -> tuple[list[Stored], dict[tuple[str, tuple[int, 
         metadata = pickles.attributes(pickles.load(data), "Metadata")
         planned = metadata.get("planner_data")
         paths = planned if isinstance(planned, Mapping) else {}
-        stored = [
-            _stored(key, value, paths.get(key))
-            for key, value in metadata["state_dict_metadata"].items()
-            if _is_tensor(value)
-        ]
-        return stored, _records(metadata["storage_data"])
+        everything = metadata["state_dict_metadata"].items()
+        stored = [_stored(key, value, paths.get(key)) for key, value in everything if _is_tensor(value)]
+        values = {str(key): _path(key, paths.get(key)) for key, value in everything if not _is_tensor(value)}
+        return Metadata(stored, values, _records(metadata["storage_data"]))
     except OSError as error:
         raise BrokenFile(f"Cannot read {path}: {error.strerror}.") from error
     except (pickles.Refused, pickles.Unsupported) as error:
@@ -113,8 +120,13 @@ def _stored(key: Any, value: Any, path: Any) -> Stored:
         (pickles.sizes(part["offsets"]), pickles.sizes(part["sizes"]))
         for part in (pickles.attributes(chunk, "ChunkStorageMetadata") for chunk in found["chunks"])
     )
-    parts = tuple(map(str, path)) if isinstance(path, tuple) and path else (key,)
+    parts = tuple(map(str, _path(key, path)))
     return Stored(key, parts, TensorInfo(parts[-1], dtype, pickles.sizes(found["size"])), chunks)
+
+
+def _path(key: Any, path: Any) -> tuple[Any, ...]:
+    """The path of a key, as the planner recorded it; without, the key itself."""
+    return path if isinstance(path, tuple) and path else (key,)
 
 
 def _records(storage: Any) -> dict[tuple[str, tuple[int, ...] | None], Record]:
@@ -172,35 +184,44 @@ def _weights(stored: list[Stored], where: str, key: str | None) -> tuple[dict[st
     return weights, said
 
 
-def _entry(
-    name: str,
-    stored: Stored,
-    records: Mapping[tuple[str, tuple[int, ...] | None], Record],
-    files: Files,
-    numbers: dict[str, int],
-    seen: dict[bytes, Any],
-    where: str,
-) -> Entry:
-    check_name(name, where)
-    pieces = []
-    for offset, shape in stored.chunks:
-        record = records.get((stored.key, offset)) or records.get((stored.key, None))
+class Parts:
+    """The parts of a checkpoint, found in its files as they are asked for."""
+
+    def __init__(self, metadata: Metadata, files: Files, where: str) -> None:
+        self._records, self._files, self._where = metadata.records, files, where
+        self._numbers: dict[str, int] = {}
+        self._seen: dict[bytes, Any] = {}
+
+    def entry(self, name: str, stored: Stored) -> Entry:
+        """Where a tensor lies, under `name`. Raises `BrokenFile` or `UnsupportedFormat`."""
+        check_name(name, self._where)
+        pieces = []
+        for offset, shape in stored.chunks:
+            content, storages, file, path = self._read(stored.key, offset)
+            if isinstance(content, Mapping) and len(content) == 1:  # Megatron wraps each
+                content = next(iter(content.values()))
+            if not isinstance(content, StoredTensor):
+                raise UnsupportedFormat(f"{path} should hold a part of {stored.key!r}, but holds no plain tensor.")
+            part = entry_of(name, content, file, storages, path)
+            if part.stride is not None or part.info.dtype != stored.info.dtype or part.info.shape != shape:
+                raise BrokenFile(
+                    f"The part of {stored.key!r} in {path} is {part.info.dtype} {list(part.info.shape)}"
+                    f"{', not contiguous' if part.stride else ''}, where .metadata says {stored.info.dtype} {list(shape)}."
+                )
+            pieces.append(Piece(file, part.start, offset, shape))
+        return assemble(TensorInfo(name, stored.info.dtype, stored.info.shape), pieces, self._where)
+
+    def value(self, key: str) -> Any:
+        """What was saved under a key that is no tensor: a number, a tuple, a list of names. Raises as `entry` does."""
+        return self._read(key, None)[0]
+
+    def _read(self, key: str, offset: tuple[int, ...] | None) -> tuple[Any, Storages, int, str]:
+        record = self._records.get((key, offset)) or self._records.get((key, None))
         if record is None:
-            raise BrokenFile(f"{where} lacks a part of {stored.key!r}, the one at {list(offset)}.", hint="Copy it again.")
-        if record.name not in numbers:
-            numbers[record.name] = files.add(str(Path(where) / record.name))
-        file = numbers[record.name]
-        path = f"{files.paths[file]} at byte {record.offset:,}"
-        content, storages = read_archive(files, file, record.offset, record.length, seen)
-        if isinstance(content, Mapping) and len(content) == 1:  # Megatron wraps each
-            content = next(iter(content.values()))
-        if not isinstance(content, StoredTensor):
-            raise UnsupportedFormat(f"{path} should hold a part of {stored.key!r}, but holds no plain tensor.")
-        part = entry_of(name, content, file, storages, path)
-        if part.stride is not None or part.info.dtype != stored.info.dtype or part.info.shape != shape:
-            raise BrokenFile(
-                f"The part of {stored.key!r} in {path} is {part.info.dtype} {list(part.info.shape)}"
-                f"{', not contiguous' if part.stride else ''}, where .metadata says {stored.info.dtype} {list(shape)}."
-            )
-        pieces.append(Piece(file, part.start, offset, shape))
-    return assemble(TensorInfo(name, stored.info.dtype, stored.info.shape), pieces, where)
+            at = "" if offset is None else f", the one at {list(offset)}"
+            raise BrokenFile(f"{self._where} lacks a part of {key!r}{at}.", hint="Copy it again.")
+        if record.name not in self._numbers:
+            self._numbers[record.name] = self._files.add(str(Path(self._where) / record.name))
+        file = self._numbers[record.name]
+        content, storages = read_archive(self._files, file, record.offset, record.length, self._seen)
+        return content, storages, file, f"{self._files.paths[file]} at byte {record.offset:,}"

@@ -32,6 +32,7 @@ class Beside:
     shapes: Mapping[str, tuple[int, ...]]
     others: Mapping[str, Entry]
     aside: Sequence[str]
+    groups: Sequence[zero.Shapes]  # the same shapes, by the groups of the optimizer
     whole: bool = True  # False where the files are those of ranks among which tensors were cut, and so are the shapes
 
     @property
@@ -52,12 +53,12 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
     where = Path(located.files[0]).parents[2]
     files = Files()
     try:
-        beside = _beside(where, files)
+        beside = beside_of(where, files)
         entries: dict[str, Entry] = {}
         for path in located.files:
             name = Path(path).parent.name
             if beside is None or (name not in beside.others and name not in beside.shared):
-                entries[name] = _entry(name, path, files, beside)
+                entries[name] = entry(name, path, files, beside)
         _check_complete(where, located.files, entries, beside)
         warnings = [*located.warnings]
         if beside is not None:
@@ -73,7 +74,8 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
     return Assembled(ref, "universal", files, entries, config, warnings)
 
 
-def _entry(name: str, path: str, files: Files, beside: Beside | None) -> Entry:
+def entry(name: str, path: str, files: Files, beside: Beside | None) -> Entry:
+    """One parameter's master, or moment, from its file. Raises `BrokenFile` or `UnsupportedFormat`."""
     check_name(name, path)
     file = files.add(path)
     content, storages = read_file(files, file)
@@ -105,7 +107,7 @@ def _check_complete(where: Path, found: Sequence[str], entries: Mapping[str, Ent
         raise BrokenFile(f"{where} lacks zero/{missing[0]}/fp32.pt{more}.", hint="Copy it again, or convert it again.")
 
 
-def _beside(where: Path, files: Files) -> Beside | None:
+def beside_of(where: Path, files: Files) -> Beside | None:
     """What the model's state files say; None where there are none."""
     paths = sorted(str(path) for path in where.glob("*_model_states.pt") if zero.MODEL.fullmatch(path.name))
     if not paths:
@@ -115,11 +117,12 @@ def _beside(where: Path, files: Files) -> Beside | None:
     try:
         states = [zero.open_state(path, files) for path in paths]
         first = states[0].content
-        shapes = {name: shape for group in first["param_shapes"] for name, shape in zero.shapes_of(group).items()}
+        groups = [zero.shapes_of(group) for group in first["param_shapes"]]
+        shapes = {name: shape for group in groups for name, shape in group.items()}
         if not isinstance(first.get("shared_params") or {}, Mapping):
             raise ValueError("shared parameters that are no mapping")
         if not whole or first.get("ds_autoep_layers") or first.get("autoep_layers"):
-            return Beside(states[0], shapes, {}, [], whole)  # of a model in parts, of which `zero/` holds all that there is
+            return Beside(states[0], shapes, {}, [], groups, whole)  # of a model in parts: `zero/` holds all there is
         others = dict(zero.frozen(states, 3 if "zero_pp" in Path(paths[0]).name else 2, str(where)))
         rest, aside = zero.without_master(states[0], {*shapes, *others})
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
@@ -128,4 +131,4 @@ def _beside(where: Path, files: Files) -> Beside | None:
             f"{str(error)[:100]}).",
             hint="Move them away, and shapes are taken as they are stored.",
         ) from error
-    return Beside(states[0], shapes, {**others, **rest}, aside)
+    return Beside(states[0], shapes, {**others, **rest}, aside, groups)

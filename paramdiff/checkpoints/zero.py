@@ -17,6 +17,7 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -104,27 +105,69 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
         raise UnsupportedFormat(
             f"{ref} names an entry, which a DeepSpeed directory has not.", hint=f"Give {ref.partition('::')[0]}."
         )
-    where = str(Path(located.files[0]).parent)
     files = Files()
     try:
-        for path in located.files:
-            _check_kind(Path(path).name, where)
-        ranks = in_order(located.files, OPTIMIZER, where)
-        models = in_order(located.files, MODEL, where)
-        if not models:
-            raise BrokenFile(f"{where} lacks the model_states files, which hold the shapes.", hint="Copy it again.")
-        states = [open_state(path, files) for path in ranks]
-        facts = [open_state(path, files) for path in models]
-        try:
-            stage, entries, said = _entries(states, facts, where)
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            raise BrokenFile(
-                f"{where} is laid out in a way that is not known ({type(error).__name__}: {str(error)[:100]}).", hint=CONVERT
-            ) from error
+        with understood(str(Path(located.files[0]).parent)):
+            tag = open_tag(located.files, files)
+            entries, said = _entries(tag)
     except BaseException:
         files.close()
         raise
-    return Assembled(ref, f"zero{stage}", files, entries, config, [*located.warnings, *said])
+    return Assembled(ref, f"zero{tag.stage}", files, entries, config, [*located.warnings, *said])
+
+
+@dataclass(frozen=True)
+class Tag:
+    """The files of one save: what each rank holds, in order, and of the model's; names and shapes of each group."""
+
+    where: str
+    states: list[Opened]
+    facts: list[Opened]
+    stage: int
+    groups: list[Shapes]
+
+    @property
+    def optimizers(self) -> list[Mapping[str, Any]]:
+        return [state.content["optimizer_state_dict"] for state in self.states]
+
+    def laid_out(self, parts: Sequence[Sequence[Any]]) -> Named:
+        """Parameters in vectors cut as masters are: `parts` holds those of each rank, one for each group."""
+        return _of_equal_parts(self, parts) if self.stage == 3 else _of_one_vector(self, parts)
+
+
+@contextmanager
+def understood(where: str) -> Iterator[None]:
+    """Turn what is not as expected within into a sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise BrokenFile(
+            f"{where} is laid out in a way that is not known ({type(error).__name__}: {str(error)[:100]}).", hint=CONVERT
+        ) from error
+
+
+def open_tag(paths: Sequence[str], files: Files) -> Tag:
+    """Open all state files of a tag's directory. Raises as `open` does."""
+    where = str(Path(paths[0]).parent)
+    for path in paths:
+        _check_kind(Path(path).name, where)
+    ranks, models = in_order(paths, OPTIMIZER, where), in_order(paths, MODEL, where)
+    if not models:
+        raise BrokenFile(f"{where} lacks the model_states files, which hold the shapes.", hint="Copy it again.")
+    states = [open_state(path, files) for path in ranks]
+    facts = [open_state(path, files) for path in models]
+    first = facts[0].content
+    for word in ("ds_autoep_layers", "autoep_layers"):
+        if first.get(word):
+            raise UnsupportedFormat(f"{where} holds experts partitioned by AutoEP, which are not read.", hint=CONVERT)
+    if first.get("mp_world_size", 1) != 1:
+        raise UnsupportedFormat(f"{where} was saved with {first['mp_world_size']}-fold model parallelism.", hint=CONVERT)
+    for state in states:
+        _check_world(state.path, state.content["optimizer_state_dict"], first, len(states))
+    stage = _stage(states[0].content["optimizer_state_dict"])
+    if stage == 3 and len(facts) != len(states):
+        raise BrokenFile(f"{where} holds {len(facts)} model files for {len(states)} ranks.", hint="Copy all of them.")
+    return Tag(where, states, facts, stage, [shapes_of(group) for group in first["param_shapes"]])
 
 
 def _check_kind(name: str, where: str) -> None:
@@ -172,32 +215,19 @@ def open_state(path: str, files: Files) -> Opened:
     return Opened(path, file, content, storages)
 
 
-def _entries(states: list[Opened], facts: list[Opened], where: str) -> tuple[int, dict[str, Entry], list[str]]:
-    first = facts[0].content
-    for word in ("ds_autoep_layers", "autoep_layers"):
-        if first.get(word):
-            raise UnsupportedFormat(f"{where} holds experts partitioned by AutoEP, which are not read.", hint=CONVERT)
-    if first.get("mp_world_size", 1) != 1:
-        raise UnsupportedFormat(f"{where} was saved with {first['mp_world_size']}-fold model parallelism.", hint=CONVERT)
-    optimizers = [state.content["optimizer_state_dict"] for state in states]
-    for state, optimizer in zip(states, optimizers, strict=True):
-        _check_world(state.path, optimizer, first, len(states))
-    stage = _stage(optimizers[0])
-    groups = [shapes_of(group) for group in first["param_shapes"]]
-    if stage == 3:
-        if len(facts) != len(states):
-            raise BrokenFile(f"{where} holds {len(facts)} model files for {len(states)} ranks.", hint="Copy all of them.")
-        made = _of_equal_parts(states, optimizers, groups)
-    else:
-        made = _of_one_vector(states, optimizers, groups, where)
+def _entries(tag: Tag) -> tuple[dict[str, Entry], list[str]]:
+    masters = "fp32_flat_groups" if tag.stage == 3 else "single_partition_of_fp32_groups"
     entries: dict[str, Entry] = {}
-    for name, entry in [*made, *frozen(facts, stage, where)]:
+    for name, entry in [
+        *tag.laid_out([optimizer[masters] for optimizer in tag.optimizers]),
+        *frozen(tag.facts, tag.stage, tag.where),
+    ]:
         if name in entries:
-            raise BrokenFile(f"{where} holds {name!r} twice.")
+            raise BrokenFile(f"{tag.where} holds {name!r} twice.")
         entries[name] = entry
-    others, aside = without_master(facts[0], entries)
+    others, aside = without_master(tag.facts[0], entries)
     entries.update(others)
-    return stage, entries, left_out(where, aside + add_shared(entries, facts[0]))
+    return entries, left_out(tag.where, aside + add_shared(entries, tag.facts[0]))
 
 
 def _check_world(path: str, optimizer: Mapping[str, Any], first: Mapping[str, Any], files: int) -> None:
@@ -242,13 +272,13 @@ def _flat(name: str, dtype: str, shape: tuple[int, ...], pieces: Sequence[Piece]
     return name, assemble(info, pieces, where, shape=(info.numel,))
 
 
-def _of_one_vector(states: list[Opened], optimizers: list[Any], groups: list[Shapes], where: str) -> Named:
+def _of_one_vector(tag: Tag, parts: Sequence[Sequence[Any]]) -> Named:
     """ZeRO-1 and 2: the parts of all ranks, one after the other, are one vector per group."""
-    kept = [optimizer["single_partition_of_fp32_groups"] for optimizer in optimizers]
-    if any(len(one) != len(groups) for one in kept):
+    states, optimizers, where = tag.states, tag.optimizers, tag.where
+    if any(len(one) != len(tag.groups) for one in parts):
         raise ValueError("numbers of groups that differ")
-    for number, shapes in enumerate(groups):
-        row = Row([s.vector(one[number], f"group {number}") for s, one in zip(states, kept, strict=True)], where)
+    for number, shapes in enumerate(tag.groups):
+        row = Row([s.vector(one[number], f"group {number}") for s, one in zip(states, parts, strict=True)], where)
         placed: list[dict[str, tuple[int, int]]] = [{} for _ in states]  # of each rank: (first element, elements) by name
         at = 0
         for (name, shape), gap in zip(shapes.items(), _gaps(optimizers[0], number, len(shapes)), strict=True):
@@ -293,13 +323,13 @@ def _check_mapping(state: Opened, optimizer: Mapping[str, Any], number: int, pla
         )
 
 
-def _of_equal_parts(states: list[Opened], optimizers: list[Any], groups: list[Shapes]) -> Named:
+def _of_equal_parts(tag: Tag, parts: Sequence[Sequence[Any]]) -> Named:
     """ZeRO-3: each rank holds an equal part of every parameter, in vectors that follow one another."""
+    states = tag.states
     rows = [
-        Row([state.vector(group, "a group") for group in optimizer["fp32_flat_groups"]], state.path)
-        for state, optimizer in zip(states, optimizers, strict=True)
+        Row([state.vector(group, "a group") for group in own], state.path) for state, own in zip(states, parts, strict=True)
     ]
-    taken = sum(-(-math.prod(shape) // len(rows)) for shapes in groups for shape in shapes.values())
+    taken = sum(-(-math.prod(shape) // len(rows)) for shapes in tag.groups for shape in shapes.values())
     for state, row in zip(states, rows, strict=True):
         if (row.length, row.dtype) != (taken, rows[0].dtype):
             raise BrokenFile(
@@ -308,7 +338,7 @@ def _of_equal_parts(states: list[Opened], optimizers: list[Any], groups: list[Sh
                 hint="Copy it again.",
             )
     at = 0
-    for shapes in groups:
+    for shapes in tag.groups:
         for name, shape in shapes.items():
             numel = math.prod(shape)
             length = -(-numel // len(rows))

@@ -125,48 +125,45 @@ def _parameters(
 
 
 def _with_weights(
-    made: Plan,
-    state: OptimizerState,
-    weights: Checkpoint | None,
-    renames: Sequence[str],
+    made: Plan, state: OptimizerState, weights: Checkpoint | None, renames: Sequence[str]
 ) -> tuple[dict[str, Read], dict[str, dict[str, Read]]]:
-    """The weights by the names of moments, and moments by the names of weights, as far as rules of pairing bring them
-    together."""
-    plain = {
+    """The weights by the names of moments, and the moments of each slot by the names of weights, as far as rules of pairing
+    bring them together."""
+    sides = {
         slot: {names.strip_wrappers(name): Read(found, info) for name, info in found.tensors.items()}
         for slot, found in state.slots.items()
     }
     if weights is None:
-        return {}, plain
+        return {}, sides
     beside: dict[str, Read] = {}
+    others: dict[str, Uncompared] = {}
+    known = {*state.parameters} | {names.strip_wrappers(name) for name in state.parameters}
     for slot, checkpoint in state.slots.items():
         try:
             found = align(weights, checkpoint, resized=False, renames=renames)
         except PairingError:
             continue
-        matched = [tensor for tensor in found.tensors if "tied_head" not in tensor.rule]
         rest = {entry.name for entry in found.coverage if entry.side == "tuned"}
-        plain[slot] = {tensor.name: Read(found.checkpoints[1], tensor.sides[1]) for tensor in matched} | {
-            name: read for name, read in plain[slot].items() if name in rest
-        }
-        beside |= {tensor.name: Read(found.checkpoints[0], tensor.sides[0]) for tensor in matched}
-        known = {*state.parameters} | {names.strip_wrappers(name) for name in state.parameters}
+        sides[slot] = {name: read for name, read in sides[slot].items() if name in rest}
+        for tensor in found.tensors:
+            stored, moment = tensor.sides
+            if "tied_head" in tensor.rule:
+                others[tensor.name] = _not_optimized(tensor.name, stored, "tied to the embedding")
+            else:
+                beside[tensor.name] = Read(found.checkpoints[0], stored)
+                sides[slot][tensor.name] = Read(found.checkpoints[1], moment)
         for entry in found.coverage:
-            if entry.side == "base" and entry.name not in known and all(entry.name != c.name for c in made.coverage):
-                made.coverage.append(
-                    Uncompared(
-                        entry.name,
-                        "weights",
-                        "not_optimized",
-                        "frozen, tied or a buffer",
-                        entry.shape,
-                        entry.dtype,
-                        entry.numel,
-                    )
-                )
+            if entry.side == "base" and entry.name not in known:
+                info = TensorInfo(entry.name, entry.dtype, entry.shape)
+                others[entry.name] = _not_optimized(entry.name, info, "frozen, tied or a buffer")
+    made.coverage += [entry for name, entry in others.items() if name not in beside]
     if not beside:
         made.warnings.append(f"{weights.ref} has no tensor with a name of the optimizer's, so bf16_visible is not known.")
-    return beside, plain
+    return beside, sides
+
+
+def _not_optimized(name: str, info: TensorInfo, detail: str) -> Uncompared:
+    return Uncompared(name, "weights", "not_optimized", detail, info.shape, info.dtype, info.numel)
 
 
 def _facts(name: str, parameter: Parameter, own: Mapping[str, Read], kind: Kind, group: Group, rate: Rate) -> dict[str, Any]:

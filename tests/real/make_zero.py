@@ -9,6 +9,7 @@ it says, then the conversions:
 Below DIR: `NAME/` as `save_checkpoint` leaves it, without the scripts that DeepSpeed copies there, and
 `expected/NAME.safetensors`: masters as the engine itself gathers them (but for one run), everything else as the
 module holds it. Before anything is written, that is compared with what DeepSpeed's `zero_to_fp32` makes of the files.
+`expected/NAME_moments.safetensors`: Adam's moments as the conversion to universal checkpoints finds them.
 """
 
 from __future__ import annotations
@@ -129,9 +130,11 @@ def make(out: Path, name: str) -> None:
 
 
 def convert(out: Path) -> None:
+    """Universal checkpoints of two runs, and from DeepSpeed's conversion the moments of all runs but the one whose slices it
+    takes from the wrong place (`round_robin_gradients`)."""
     from deepspeed.checkpoint import ds_to_universal
 
-    for name in ("stage2", "stage3_groups"):
+    for name in RUNS:
         target = out / f"{name}_universal"
         ds_to_universal.main(
             argparse.Namespace(
@@ -144,9 +147,14 @@ def convert(out: Path) -> None:
                 inject_missing_state=False,
             )
         )
-        for moment in target.glob("zero/*/*.pt"):
-            if moment.name != "fp32.pt":
-                moment.unlink()
+        moments = {}
+        for path in target.glob("zero/*/exp_avg*.pt"):
+            found = torch.load(path)
+            moments[f"{path.stem}/{path.parent.name}"] = found["param"] if isinstance(found, dict) else found
+        if name != "stage2_f32":
+            save_file(moments, out / "expected" / f"{name}_moments.safetensors")
+        if name not in ("stage2", "stage3_groups"):
+            shutil.rmtree(target)
     (out / "latest_universal").unlink()
 
 

@@ -1,0 +1,170 @@
+"""Optimizer state in PyTorch Distributed Checkpoints, under whatever keys a trainer has put it.
+
+The planner's path tells a parameter's name from what it was put under: ('app', 'optim', 'state', 'model.norm.weight',
+'exp_avg'). torchtitan saves flat keys, `state.model.norm.weight.exp_avg`, and settings for each parameter:
+`param_groups.model.norm.weight.lr`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from paramdiff import checkpoints
+from paramdiff.checkpoints import Checkpoint
+from paramdiff.checkpoints.dcp import OPTIMIZER_STATE, Parts, Stored, read_metadata
+from paramdiff.checkpoints.files import Files
+from paramdiff.checkpoints.pieces import Assembled, Entry
+from paramdiff.errors import BrokenFile, CheckpointError
+from paramdiff.optimizers.state import OptimizerState, Parameter, as_steps, number
+
+UNREAD = ("params", "param_names", "foreach", "fused", "differentiable", "capturable")  # that say nothing of the moments
+
+
+@dataclass
+class Saved:
+    """One optimizer within a checkpoint: state by parameter and slot, settings by group (a number, or a parameter)."""
+
+    state: dict[str, dict[str, Stored]] = field(default_factory=dict)
+    counts: dict[str, str] = field(default_factory=dict)  # parameter → key of a step that is no tensor
+    settings: dict[str, dict[str, str]] = field(default_factory=dict)  # group → setting → key
+
+
+def open(ref: str, path: str, key: str | None) -> OptimizerState:
+    """Open the directory with `.metadata`. `key` names the optimizer where there are several (`dir::critic/optim`).
+
+    Raises `BrokenFile`, or `UnsupportedFormat` as for weights.
+    """
+    metadata = read_metadata(str(Path(path) / ".metadata"))
+    found: dict[str, Saved] = {}
+    for stored in metadata.tensors:
+        place = _of_state(stored.path)
+        if place is not None:
+            owner, name, slot = place
+            found.setdefault(owner, Saved()).state.setdefault(name, {})[slot] = stored
+    for where, way in metadata.values.items():
+        named = tuple(map(str, way))
+        place = _of_state(named)
+        if place is not None and place[2] == "step":
+            found.setdefault(place[0], Saved()).counts[place[1]] = where
+        setting = _of_groups(named)
+        if setting is not None:
+            owner, group, what = setting
+            found.setdefault(owner, Saved()).settings.setdefault(group, {})[what] = where
+    saved = _choose({owner: one for owner, one in found.items() if one.state}, path, key)
+    files = Files()
+    try:
+        return _opened(ref, path, saved, Parts(metadata, files, path), files)
+    except BaseException:
+        files.close()
+        raise
+
+
+def _of_state(path: tuple[str, ...]) -> tuple[str, str, str] | None:
+    """(optimizer, parameter, slot) of a path, or None for what is no optimizer's state.
+
+    >>> _of_state(("app", "optim", "state", "model.norm.weight", "exp_avg"))
+    ('app/optim', 'model.norm.weight', 'exp_avg')
+    >>> _of_state(("optimizer", "state.model.norm.weight.exp_avg"))
+    ('optimizer', 'model.norm.weight', 'exp_avg')
+    """
+    if len(path) >= 3 and path[-3] == "state" and path[-1] in OPTIMIZER_STATE:
+        return "/".join(path[:-3]), path[-2], path[-1]
+    rest, _, slot = path[-1].rpartition(".")
+    before, found, name = (f".{rest}").partition(".state.")
+    if not found or slot not in OPTIMIZER_STATE:
+        return None
+    return "/".join([*path[:-1], *filter(None, [before.strip(".")])]), name, slot
+
+
+def _of_groups(path: tuple[str, ...]) -> tuple[str, str, str] | None:
+    """(optimizer, group, setting) of a path; the group is a number, or the name of the parameter.
+
+    >>> _of_groups(("optimizer", "param_groups", "0", "lr"))
+    ('optimizer', '0', 'lr')
+    >>> _of_groups(("optimizer", "param_groups.norm.weight.lr"))
+    ('optimizer', 'norm.weight', 'lr')
+    """
+    if len(path) >= 3 and path[-3] == "param_groups":
+        return "/".join(path[:-3]), path[-2], path[-1]
+    rest, _, setting = path[-1].rpartition(".")
+    before, found, group = (f".{rest}").partition(".param_groups.")
+    if not found or not group:
+        return None
+    return "/".join([*path[:-1], *filter(None, [before.strip(".")])]), group, setting
+
+
+def _choose(found: Mapping[str, Saved], path: str, key: str | None) -> Saved:
+    listed = ", ".join(repr(name) if name else "the top level" for name in [*found][:4])
+    if key is not None:
+        matching = [name for name in found if name == key or name.endswith(f"/{key}")]
+        if len(matching) != 1:
+            raise BrokenFile(f"{path} has no optimizer state under {key!r}.", hint=f"There is: {listed or 'none at all'}.")
+        return found[matching[0]]
+    if not found:
+        raise BrokenFile(f"{path} holds no optimizer state.", hint="Trainers often save it in a directory of its own.")
+    if len(found) > 1:
+        raise BrokenFile(
+            f"{path} holds the state of {len(found)} optimizers ({listed}).", hint=f"Name one: {path}::{next(iter(found))}."
+        )
+    return next(iter(found.values()))
+
+
+def _opened(ref: str, path: str, saved: Saved, parts: Parts, files: Files) -> OptimizerState:
+    groups, group_of = _groups(saved, parts)
+    entries: dict[str, dict[str, Entry]] = {}
+    parameters = []
+    for name, kept in saved.state.items():
+        steps = as_steps(parts.value(saved.counts[name])) if name in saved.counts else None
+        for slot, stored in kept.items():
+            entry = parts.entry(name, stored)
+            if slot in ("step", "mu_product"):
+                raw = files.read(entry.file, entry.start, entry.info.nbytes)
+                steps = as_steps(number(entry.info, raw)) if slot == "step" else steps
+            else:
+                entries.setdefault(slot, {})[name] = entry
+        own = tuple(slot for slot, found in entries.items() if name in found)
+        shape = entries[own[0]][name].info.shape if own else None
+        parameters.append(Parameter(name, group_of.get(name, 0), steps, own, shape))
+    for name in group_of:
+        if name not in saved.state:
+            parameters.append(Parameter(name, group_of[name]))
+    slots: dict[str, Checkpoint] = {slot: Assembled(ref, "dcp", files, found, None) for slot, found in entries.items()}
+    return OptimizerState(
+        ref, "dcp", slots, parameters, groups, directory=path, naming="names in .metadata",
+        open_weights=partial(_open_weights, path),
+    )  # fmt: skip
+
+
+def _groups(saved: Saved, parts: Parts) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The settings of each group, and the group of each parameter. Parameters of equal settings are one group."""
+    groups: list[dict[str, Any]] = []
+    group_of: dict[str, int] = {}
+    for group, keys in saved.settings.items():
+        values = {what: parts.value(key) for what, key in keys.items() if what not in UNREAD}
+        members = _members(group, parts.value(keys["params"]) if "params" in keys and group.isdecimal() else None)
+        if values not in groups or group.isdecimal():
+            groups.append(values)
+        at = len(groups) - 1 if group.isdecimal() else groups.index(values)
+        group_of |= dict.fromkeys(members, at)
+    return groups or [{}], group_of
+
+
+def _members(group: str, listed: Any) -> Sequence[str]:
+    if listed is None:
+        return () if group.isdecimal() else [group]
+    return [name for name in listed if isinstance(name, str)] if isinstance(listed, (list, tuple)) else ()
+
+
+def _open_weights(path: str) -> Checkpoint:
+    """The weights in the same checkpoint, or in the directories above, where trainers put them beside the state."""
+    above = [str(Path(path).parents[n]) for n in range(min(2, len(Path(path).parents)))]
+    for place in (path, *above[:-1]):
+        try:
+            return checkpoints.open(place)
+        except CheckpointError:
+            continue
+    return checkpoints.open(above[-1] if above else path)
