@@ -45,7 +45,7 @@ def recognise(path: Path, names: list[str]) -> Located | None:
         )
     ranks = [match for name in names if (match := RANK_FILE.fullmatch(name))]
     if ranks:
-        return Located([str(path / name) for name in _all_ranks(path, ranks)], _config_near(path), "ranks")
+        return Located([str(path / name) for name in all_ranks(path, ranks)], _config_near(path), "ranks")
     shards = [name for name in names if DCP_HF_FILE.fullmatch(name)]
     if shards:
         return Located([str(path / name) for name in shards], _config_near(path), "dcp_hf")
@@ -56,7 +56,8 @@ def recognise(path: Path, names: list[str]) -> Located | None:
     return None
 
 
-def _all_ranks(path: Path, ranks: list[re.Match[str]]) -> list[str]:
+def all_ranks(path: Path, ranks: list[re.Match[str]]) -> list[str]:
+    """The names of rank files in the order of ranks. Raises `BrokenFile` where one is missing."""
     sizes = sorted({int(match["size"]) for match in ranks})
     if len(sizes) > 1:
         raise BrokenFile(
@@ -66,10 +67,11 @@ def _all_ranks(path: Path, ranks: list[re.Match[str]]) -> list[str]:
     by_rank = {int(match["rank"]): match.string for match in ranks}
     if len(by_rank) != len(ranks) or max(by_rank) >= sizes[0]:
         raise BrokenFile(f"{path} holds rank files whose numbers do not fit a world size of {sizes[0]}.")
+    kind = ranks[0].string.partition("_")[0]
     missing = next((rank for rank in range(sizes[0]) if rank not in by_rank), None)
     if missing is not None:
         raise BrokenFile(
-            f"{path} lacks the file of rank {missing} of {sizes[0]}: model_world_size_{sizes[0]}_rank_{missing}.pt.",
+            f"{path} lacks the file of rank {missing} of {sizes[0]}: {kind}_world_size_{sizes[0]}_rank_{missing}.pt.",
             hint="Copy it from the machine that wrote it.",
         )
     return [by_rank[rank] for rank in range(sizes[0])]

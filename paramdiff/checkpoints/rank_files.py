@@ -59,12 +59,12 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
             if not isinstance(content, Mapping):
                 raise BrokenFile(f"{path} holds no tensors by name.", hint="Is it the optimizer's file?")
             for name, value in content.items():
-                parts = _locals(name, value, rank, file, storages, path) if isinstance(name, str) else None
+                parts = parts_of(name, value, rank, file, storages, path) if isinstance(name, str) else None
                 if parts is None:
                     aside[repr(name)[:80]] = None
                 else:
                     found.setdefault(str(name), []).extend(parts)
-        entries = {name: _entry(name, parts, where) for name, parts in found.items()}
+        entries = {name: entry(name, parts, where) for name, parts in found.items()}
     except BaseException:
         files.close()
         raise
@@ -78,7 +78,7 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
     return Assembled(ref, "ranks", files, entries, config, warnings)
 
 
-def _locals(name: str, value: Any, rank: int, file: int, storages: Storages, path: str) -> list[Local] | None:
+def parts_of(name: str, value: Any, rank: int, file: int, storages: Storages, path: str) -> list[Local] | None:
     """The parts that a file holds of one tensor; None for what is no tensor."""
     if isinstance(value, StoredTensor):
         piece, dtype = _piece(name, value, file, storages, path)
@@ -169,7 +169,7 @@ def _of_sharded(name: str, value: Opaque, rank: int, file: int, storages: Storag
     return found
 
 
-def _entry(name: str, parts: Sequence[Local], where: str) -> Entry:
+def entry(name: str, parts: Sequence[Local], where: str) -> Entry:
     first = parts[0]
     odd = next((p for p in parts if (p.dtype, p.shape, p.sharded) != (first.dtype, first.shape, first.sharded)), None)
     if odd is not None:

@@ -41,7 +41,8 @@ BUFFER = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked|inv_fr
 
 
 def of_state_dict(checkpoint: Checkpoint, source: str) -> Iterator[Order]:
-    """The order in which a file of torch.save holds tensors, without buffers and second names of the same tensor."""
+    """The order in which a file of torch.save holds tensors, without buffers and second names of the same tensor; then the
+    same without a head that may be tied to the embedding, though it was saved apart."""
     shapes: dict[str, Shape] = {}
     places = set()
     for name, info in checkpoint.tensors.items():
@@ -51,6 +52,10 @@ def of_state_dict(checkpoint: Checkpoint, source: str) -> Iterator[Order]:
         places.add(place)
         shapes[name] = info.shape
     yield Order(source, shapes)
+    embeddings = {shape for name, shape in shapes.items() if names.is_input_embedding(name)}
+    untied = {name: shape for name, shape in shapes.items() if not (names.is_head(name) and shape in embeddings)}
+    if len(untied) < len(shapes):
+        yield Order(source, untied)
 
 
 def below(order: Order, prefix: str) -> Order:
