@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -96,6 +97,17 @@ class Located:
     format: str = "safetensors"
     shard_of: dict[str, str] | None = None  # tensor → file, from an index
     warnings: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def understood(where: str, hint: str | None = None) -> Iterator[None]:
+    """Turn what is not laid out as expected within into a sentence about `where`."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise BrokenFile(
+            f"{where} is laid out in a way that is not known ({type(error).__name__}: {str(error)[:100]}).", hint=hint
+        ) from error
 
 
 def check_name(name: str, path: str) -> None:

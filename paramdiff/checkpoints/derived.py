@@ -88,6 +88,10 @@ class Derived:
         else:
             self._source.read_into(name, offset, buffer)
 
+    def sources(self, name: str) -> tuple[str, ...]:
+        """The stored tensors that one is made from: itself, or others."""
+        return self._made[name].sources if name in self._made else (name,)
+
     def position(self, name: str) -> tuple[int, int]:
         made = self._made.get(name) or self._codes.get(name)
         return self._source.position(made.sources[0] if made else name)

@@ -17,14 +17,13 @@ import math
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from paramdiff.checkpoints import pickles
-from paramdiff.checkpoints.base import Located, TensorInfo, check_name
+from paramdiff.checkpoints.base import Located, TensorInfo, check_name, understood
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pickles import Opaque, StoredTensor
 from paramdiff.checkpoints.pieces import Assembled, Entry, Piece, assemble
@@ -107,7 +106,7 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
         )
     files = Files()
     try:
-        with understood(str(Path(located.files[0]).parent)):
+        with understood(str(Path(located.files[0]).parent), CONVERT):
             tag = open_tag(located.files, files)
             entries, said = _entries(tag)
     except BaseException:
@@ -133,17 +132,6 @@ class Tag:
     def laid_out(self, parts: Sequence[Sequence[Any]]) -> Named:
         """Parameters in vectors cut as masters are: `parts` holds those of each rank, one for each group."""
         return _of_equal_parts(self, parts) if self.stage == 3 else _of_one_vector(self, parts)
-
-
-@contextmanager
-def understood(where: str) -> Iterator[None]:
-    """Turn what is not as expected within into a sentence."""
-    try:
-        yield
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise BrokenFile(
-            f"{where} is laid out in a way that is not known ({type(error).__name__}: {str(error)[:100]}).", hint=CONVERT
-        ) from error
 
 
 def open_tag(paths: Sequence[str], files: Files) -> Tag:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from os import PathLike, fspath
 
+from paramdiff.checkpoints.base import understood
 from paramdiff.optimizers.find import find
 from paramdiff.optimizers.state import OptimizerState, Parameter, ParameterState
 
@@ -38,5 +39,6 @@ def optimizer(ref: str | PathLike[str]) -> OptimizerState:
     path, _, key = fspath(ref).partition("::")
     kind, found = find(path)
     source = import_module(f"paramdiff.optimizers.{SOURCES[kind]}")
-    opened: OptimizerState = source.open(fspath(ref), found, key or None)
+    with understood(found):
+        opened: OptimizerState = source.open(fspath(ref), found, key or None)
     return opened

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from paramdiff import names
-from paramdiff.checkpoints import Checkpoint
+from paramdiff.checkpoints import Checkpoint, TensorInfo
 from paramdiff.optimizers.naming import Order, Shape
 
 # Decoders of transformers that register their modules in the order of WORDS; tests hold each to the model itself.
@@ -63,12 +63,12 @@ def below(order: Order, prefix: str) -> Order:
     return Order(order.source, {name: shape for name, shape in order.shapes.items() if name.startswith(prefix)}, order.norms)
 
 
-def of_words(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Iterator[Order]:
+def of_words(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> Iterator[Order]:
     """The order of decoders of `FAMILIES`, and of adapters of such, by the words in their names; none for other names."""
     if config is not None and config.get("model_type") not in FAMILIES:
         return
     keys: dict[str, tuple[int, ...]] = {}
-    for name in checkpoint.tensors:
+    for name in tensors:
         words = names.strip_wrappers(name).removeprefix(PEFT).split(".")
         if any(word not in WORDS and not names.is_number(word) for word in words):
             return
@@ -76,7 +76,7 @@ def of_words(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Iterat
     if (config or {}).get("tie_word_embeddings") is True:
         keys = {name: key for name, key in keys.items() if not names.is_head(name)}
     ordered = sorted(keys, key=keys.__getitem__)
-    yield Order("a decoder's layers", {name: checkpoint.tensors[name].shape for name in ordered})
+    yield Order("a decoder's layers", {name: tensors[name].shape for name in ordered})
 
 
 def of_transformers(directory: str, config: Mapping[str, Any] | None) -> Iterator[Order]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from paramdiff import names
 from paramdiff.checkpoints import Checkpoint, TensorInfo
+from paramdiff.checkpoints.derived import Derived
 from paramdiff.errors import BrokenFile, PairingError
 from paramdiff.measures.adam import Recipe
 from paramdiff.optimizers.kinds import Kind, recognise
@@ -42,10 +43,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Read:
-    """A tensor of some side: where it is read from, and what it is there."""
+    """A tensor of some side: where it is read from, what it is there, and the stored tensor that it is, or is a part of."""
 
     checkpoint: Checkpoint
     info: TensorInfo
+    origin: str
 
 
 def plan(
@@ -111,9 +113,7 @@ def _parameters(
     origin: dict[str, Parameter] = {}
     for found in sides.values():
         for name, read in found.items():
-            parameter = state.parameters.get(read.info.name) or state.parameters.get(name)
-            assert parameter is not None
-            origin.setdefault(name, parameter)
+            origin.setdefault(name, state.parameters[read.origin])
     listed = [
         (name, parameter, {s: found[name] for s, found in sides.items() if name in found})
         for name, parameter in origin.items()
@@ -130,7 +130,7 @@ def _with_weights(
     """The weights by the names of moments, and the moments of each slot by the names of weights, as far as rules of pairing
     bring them together."""
     sides = {
-        slot: {names.strip_wrappers(name): Read(found, info) for name, info in found.tensors.items()}
+        slot: {names.strip_wrappers(name): Read(found, info, name) for name, info in found.tensors.items()}
         for slot, found in state.slots.items()
     }
     if weights is None:
@@ -150,8 +150,10 @@ def _with_weights(
             if "tied_head" in tensor.rule:
                 others[tensor.name] = _not_optimized(tensor.name, stored, "tied to the embedding")
             else:
-                beside[tensor.name] = Read(found.checkpoints[0], stored)
-                sides[slot][tensor.name] = Read(found.checkpoints[1], moment)
+                beside[tensor.name] = Read(found.checkpoints[0], stored, stored.name)
+                whence = found.checkpoints[1]
+                origin = whence.sources(moment.name)[0] if isinstance(whence, Derived) else moment.name
+                sides[slot][tensor.name] = Read(whence, moment, origin)
         for entry in found.coverage:
             if entry.side == "base" and entry.name not in known:
                 info = TensorInfo(entry.name, entry.dtype, entry.shape)

@@ -235,7 +235,7 @@ def _orders(path: str, open_weights: Callable[[], Checkpoint]) -> Iterator[Order
         try:
             if isinstance(weights, TorchTensors):
                 yield from orders.of_state_dict(weights, "the weights' file")
-            yield from orders.of_words(weights, config)
+            yield from orders.of_words(weights.tensors, config)
         finally:
             weights.close()
     yield from orders.of_transformers(directory, config)

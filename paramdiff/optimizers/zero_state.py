@@ -13,6 +13,7 @@ from typing import Any
 
 from paramdiff import checkpoints
 from paramdiff.checkpoints import Checkpoint, universal, zero
+from paramdiff.checkpoints.base import understood
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pickles import StoredTensor
 from paramdiff.checkpoints.pieces import Assembled, Entry
@@ -36,7 +37,7 @@ def open(ref: str, path: str, key: str | None) -> OptimizerState:
         raise UnsupportedFormat(f"{ref} names an entry, which DeepSpeed's directories have not.")
     files = Files()
     try:
-        with zero.understood(path):
+        with understood(path, CONVERT):
             names = sorted(str(file) for file in Path(path).iterdir() if file.name.endswith("_states.pt"))
             return _of_universal(ref, path, files) if (Path(path) / "zero").is_dir() else _of_tag(ref, path, names, files)
     except BaseException:
