@@ -24,7 +24,8 @@ from paramdiff.streaming import Window
 
 # Histograms count float32 patterns by their first 15 bits: 64 bins for every power of two, each at most 1.6 % wide.
 SHIFT = 17
-BINS = (1 << 31) >> SHIFT
+INFINITE = 0x7F800000 >> SHIFT  # the last bin: beyond float32, or infinite
+BINS = INFINITE + 1
 HISTOGRAMS = ("log10_sqrt_vhat", "log10_eff_lr")
 QUANTILES = {"p1": 0.01, "p50": 0.5, "p99": 0.99}
 SATURATED, SMALL = 0.9, 0.1
@@ -36,7 +37,8 @@ class Recipe:
 
     `roles` says what each side is: m, v, d (the second moment in the denominator, where it is not v), w (weights), m0 and v0
     (moments one step earlier). `c1` and `c2` are the bias corrections 1/(1 − βᵗ), `fresh` the factor of the gradient in m.
-    `decay` is decoupled weight decay. `scales`: there is an effective learning rate; `steps`: the step is known.
+    `decay` is decoupled weight decay. `counted`: the corrections are known (or there are none). `scales`: there is an
+    effective learning rate; `steps`: the step is known.
     """
 
     roles: tuple[str, ...]
@@ -49,6 +51,7 @@ class Recipe:
     fresh: float = 1.0
     decay: float = 0.0
     ascends: bool = False
+    counted: bool = True
     scales: bool = False
     steps: bool = False
 
@@ -77,16 +80,16 @@ class Adam:
         """Fold one block into `acc`."""
         recipe, x = self.recipes[block.tensor.name], block.x
         found = _finite(acc, dict(zip(recipe.roles, block.sides, strict=True)), x)
-        if not len(next(iter(found.values()))):
+        if not len(next(iter(found.of.values()))):
             return
-        if "v" in found:
-            _second_moment(acc, found["v"], recipe, x)
-        if "m" in found:
-            acc.add_sum("mm", x.dot(found["m"], found["m"]))
+        if "v" in found.of:
+            _second_moment(acc, found, recipe, x)
+        if "m" in found.of:
+            acc.add_sum("mm", found.squares["m"])
         step = _step(acc, found, recipe, x)
-        if step is not None and "w" in found and recipe.lr is not None:
-            acc.add_count("visible", _visible(found["w"], step, recipe, x))
-        if "m0" in found:
+        if step is not None and "w" in found.of and recipe.lr is not None:
+            acc.add_count("visible", _visible(found.of["w"], step, recipe, x))
+        if "m0" in found.of:
             _gradient(acc, found, recipe, x)
 
     def columns(self, acc: Accumulator, tensor: Aligned, options: Options) -> dict[str, Any]:
@@ -99,8 +102,9 @@ class Adam:
         root = math.sqrt(recipe.c2)
         row |= _moments_of("v", s["v"], s["vv"], n if has_v else 0)
         row |= _moments_of("sqrt_v", s["sqrt_v"], s["v"], n if has_v else 0)
-        row |= _moments_of("vhat", s["v"] * recipe.c2, s["vv"] * recipe.c2**2, n if has_v else 0)
-        row |= _moments_of("sqrt_vhat", s["sqrt_v"] * root, s["v"] * recipe.c2, n if has_v else 0)
+        hats = n if has_v and recipe.counted else 0
+        row |= _moments_of("vhat", s["v"] * recipe.c2, s["vv"] * recipe.c2**2, hats)
+        row |= _moments_of("sqrt_vhat", s["sqrt_v"] * root, s["v"] * recipe.c2, hats)
         row["v_zero"] = acc.counts["v_zero"] / n if has_v else None
         scaled = recipe.scales and bool(recipe.lr) and n > 0
         row |= quantiles(acc.arrays.get("eff_lr") if scaled else None)
@@ -108,7 +112,7 @@ class Adam:
         known = recipe.steps and n > 0
         lr = recipe.lr if known else None
         row["u_norm"] = math.sqrt(s["uu"]) if known else None
-        row["mhat_norm"] = math.sqrt(s["mm"]) * recipe.c1 if "m" in recipe.roles and n else None
+        row["mhat_norm"] = math.sqrt(s["mm"]) * recipe.c1 if "m" in recipe.roles and n and recipe.counted else None
         row["u_dot_mhat"] = s["um"] * recipe.c1 if known else None
         row["update_rms"] = lr * math.sqrt(s["uu"] / n) if lr is not None else None
         row["update_max"] = lr * float(acc.maxima["u"]) if lr is not None else None
@@ -138,42 +142,58 @@ class Adam:
         return {"histograms": rows}
 
 
-def _finite(acc: Accumulator, sides: dict[str, Array], x: Arrays) -> dict[str, Array]:
-    """All sides without elements that have no place in a sum. Looking costs a wait on a GPU, once for each block."""
-    moments = [values for role, values in sides.items() if role != "w"]
-    total: Any = 0.0
-    for role, values in sides.items():
-        if role in ("v", "d", "v0"):
-            total = total + x.total(x.sqrt(values))  # NaN where one is negative
-        elif role != "w":
-            total = total + x.dot(values, values)
+@dataclass(frozen=True, slots=True)
+class Values:
+    """One block without elements that have no place in a sum: values by role, roots of the second moments among them, sums
+    of squares of first moments."""
+
+    of: dict[str, Array]
+    roots: dict[str, Array]
+    squares: dict[str, Any]
+
+
+SECOND = ("v", "d", "v0")
+
+
+def _values(sides: dict[str, Array], x: Arrays) -> Values:
+    roots = {role: x.sqrt(values) for role, values in sides.items() if role in SECOND}
+    squares = {role: x.dot(values, values) for role, values in sides.items() if role in ("m", "m0")}
+    return Values(sides, roots, squares)
+
+
+def _finite(acc: Accumulator, sides: dict[str, Array], x: Arrays) -> Values:
+    """The values of a block. What is NaN, infinite, or a negative second moment shows in the sums, which are needed anyway;
+    looking costs a wait on a GPU, once for each block."""
+    found = _values(sides, x)
+    total = sum([x.total(root) for root in found.roots.values()] + [*found.squares.values()])
     if math.isfinite(float(x.to_host(total))):
-        return sides
-    keep = x.isfinite(moments[0])
-    for role, values in sides.items():
-        if role != "w":
-            keep = keep & x.isfinite(values)
-        if role in ("v", "d", "v0"):
+        return found
+    moments = {role: values for role, values in sides.items() if role != "w"}
+    keep = x.isfinite(next(iter(moments.values())))
+    for role, values in moments.items():
+        keep = keep & x.isfinite(values)
+        if role in SECOND:
             keep = keep & (values >= 0)
     acc.add_count("nonfinite", x.count(~keep))
     where = x.positions(keep)
-    return {role: values[where] for role, values in sides.items()}
+    return _values({role: values[where] for role, values in sides.items()}, x)
 
 
-def _second_moment(acc: Accumulator, v: Array, recipe: Recipe, x: Arrays) -> None:
-    root = x.sqrt(v)
+def _second_moment(acc: Accumulator, block: Values, recipe: Recipe, x: Arrays) -> None:
+    v, root = block.of["v"], block.roots["v"]
     acc.add_sum("v", x.total(v))
     acc.add_sum("vv", x.dot(v, v))
     acc.add_sum("sqrt_v", x.total(root))
     acc.add_count("v_zero", x.count(v == 0))
-    acc.add_array("sqrt_vhat", _binned(root * math.sqrt(recipe.c2), x), size=BINS)
+    if recipe.counted:
+        acc.add_array("sqrt_vhat", _binned(root * math.sqrt(recipe.c2), x), size=BINS)
 
 
-def _step(acc: Accumulator, found: Mapping[str, Array], recipe: Recipe, x: Arrays) -> Array | None:
+def _step(acc: Accumulator, block: Values, recipe: Recipe, x: Arrays) -> Array | None:
     """u = m̂/(√v̂ + ε), or m where there is no v; None where the optimizer's step is another one."""
     denominator = None
     if recipe.scales:
-        denominator = x.sqrt(found.get("d", found.get("v"))) * math.sqrt(recipe.c2) + recipe.eps
+        denominator = block.roots["d" if "d" in block.roots else "v"] * math.sqrt(recipe.c2) + recipe.eps
         if recipe.lr:
             effective = recipe.lr / denominator
             acc.add_array("eff_lr", _binned(effective, x), size=BINS)
@@ -182,9 +202,10 @@ def _step(acc: Accumulator, found: Mapping[str, Array], recipe: Recipe, x: Array
             acc.add_sum("loglog", x.dot(logs, logs))
     if not recipe.steps:
         return None
-    m = found["m"]
-    # A denominator of zero (ε = 0, v = 0) belongs to a moment of zero, and to no step.
-    u = m if denominator is None else x.where(m == 0, 0.0, m * recipe.c1 / denominator)
+    m = block.of["m"]
+    u = m if denominator is None else m * recipe.c1 / denominator
+    if not recipe.eps and denominator is not None:  # a moment that never moved, and makes no step
+        u = x.where(m == 0, 0.0, u)
     size = abs(u)
     acc.add_sum("uu", x.dot(u, u))
     acc.add_sum("um", x.dot(u, m))
@@ -203,21 +224,22 @@ def _visible(w: Array, u: Array, recipe: Recipe, x: Arrays) -> Any:
     return x.count((before != after) & ~(x.isnan(before) & x.isnan(after)))
 
 
-def _gradient(acc: Accumulator, found: Mapping[str, Array], recipe: Recipe, x: Arrays) -> None:
+def _gradient(acc: Accumulator, block: Values, recipe: Recipe, x: Arrays) -> None:
     """g = (m₊ − β₁m)/(1 − β₁), against m, and against what v says of it: v₊ = β₂v + (1 − β₂)g²."""
-    m0 = found["m0"]
-    g = (found["m"] - recipe.beta1 * m0) / recipe.fresh
+    m0 = block.of["m0"]
+    g = (block.of["m"] - recipe.beta1 * m0) / recipe.fresh
     acc.add_sum("gg", x.dot(g, g))
     acc.add_sum("gm", x.dot(g, m0))
-    acc.add_sum("m0m0", x.dot(m0, m0))
-    if "v0" in found:
-        acc.add_sum("off", x.total(abs(found["v"] - recipe.beta2 * found["v0"] - (1 - recipe.beta2) * g * g)))
+    acc.add_sum("m0m0", block.squares["m0"])
+    if "v0" in block.of:
+        off = block.of["v"] - recipe.beta2 * block.of["v0"] - (1 - recipe.beta2) * g * g
+        acc.add_sum("off", x.total(abs(off)))
 
 
 def _binned(values: Array, x: Arrays) -> Array:
-    """Counts of positive values by the first bits of their float32 patterns; what is beyond float32 is in the last bin."""
+    """Counts of positive values by the first bits of their float32 patterns."""
     keys = x.cast(values, x.f32).view(x.i32) >> SHIFT
-    return x.histogram(x.clip(keys, 0, BINS - 1), BINS)
+    return x.histogram(x.clip(keys, 0, INFINITE), BINS)
 
 
 def edges(index: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -226,7 +248,8 @@ def edges(index: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     >>> edges(np.array([127 * 64, 127 * 64 + 32])).tolist()
     [1.0, 1.5]
     """
-    found: np.ndarray[Any, Any] = (np.asarray(index, dtype=np.uint32) << SHIFT).view(np.float32).astype(np.float64)
+    patterns = np.minimum(np.asarray(index, dtype=np.uint32), INFINITE) << np.uint32(SHIFT)
+    found: np.ndarray[Any, Any] = patterns.view(np.float32).astype(np.float64)
     return found
 
 
@@ -248,7 +271,7 @@ def quantile(lower: np.ndarray[Any, Any], upper: np.ndarray[Any, Any], counts: n
     rank = q * float(before[-1])
     at = min(int(np.searchsorted(before, rank)), len(counts) - 1)
     share = (rank - float(before[at] - counts[at])) / float(counts[at])
-    return float(lower[at] + share * (upper[at] - lower[at]))
+    return float(lower[at] + share * (upper[at] - lower[at])) if math.isfinite(upper[at]) else float(lower[at])
 
 
 def _moments_of(name: str, total: float, squares: float, n: int) -> dict[str, float | None]:

@@ -2,11 +2,14 @@
 
 The planner's path tells a parameter's name from what it was put under: ('app', 'optim', 'state', 'model.norm.weight',
 'exp_avg'). torchtitan saves flat keys, `state.model.norm.weight.exp_avg`, and settings for each parameter:
-`param_groups.model.norm.weight.lr`.
+`param_groups.model.norm.weight.lr`. Megatron's keys have the slot first, `optimizer.state.exp_avg.decoder…`, and its
+settings lie beside, in common.pt.
 """
 
 from __future__ import annotations
 
+import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,9 +21,14 @@ from paramdiff.checkpoints import Checkpoint
 from paramdiff.checkpoints.dcp import OPTIMIZER_STATE, Parts, Stored, read_metadata
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pieces import Assembled, Entry
-from paramdiff.errors import BrokenFile, CheckpointError
+from paramdiff.checkpoints.torch_file import read_file
+from paramdiff.errors import BrokenFile, CheckpointError, UnsupportedFormat
 from paramdiff.optimizers.state import OptimizerState, Parameter, as_steps, number
+from paramdiff.optimizers.torch_state import settings
 
+BUCKETS = re.compile(r"\.gbuf_idx_\d+\.|(^|\.)dp_group_idx_\d+\.")
+COMMON = "common.pt"
+MOST_PLACES = 1000  # of common.pt in which settings are looked for
 UNREAD = ("params", "param_names", "foreach", "fused", "differentiable", "capturable")  # that say nothing of the moments
 
 
@@ -54,6 +62,12 @@ def open(ref: str, path: str, key: str | None) -> OptimizerState:
         if setting is not None:
             owner, group, what = setting
             found.setdefault(owner, Saved()).settings.setdefault(group, {})[what] = where
+    buckets = next((one.key for one in metadata.tensors if BUCKETS.search(one.key)), None)
+    if buckets is not None:
+        raise UnsupportedFormat(
+            f"{path} holds moments in Megatron's buckets ({buckets[:80]!r}), which name no parameters.",
+            hint="Save with --dist-ckpt-optim-fully-reshardable.",
+        )
     saved = _choose({owner: one for owner, one in found.items() if one.state}, path, key)
     files = Files()
     try:
@@ -70,12 +84,16 @@ def _of_state(path: tuple[str, ...]) -> tuple[str, str, str] | None:
     ('app/optim', 'model.norm.weight', 'exp_avg')
     >>> _of_state(("optimizer", "state.model.norm.weight.exp_avg"))
     ('optimizer', 'model.norm.weight', 'exp_avg')
+    >>> _of_state(("optimizer.state.exp_avg.decoder.final_layernorm.weight",))
+    ('optimizer', 'decoder.final_layernorm.weight', 'exp_avg')
     """
     if len(path) >= 3 and path[-3] == "state" and path[-1] in OPTIMIZER_STATE:
         return "/".join(path[:-3]), path[-2], path[-1]
-    rest, _, slot = path[-1].rpartition(".")
-    before, found, name = (f".{rest}").partition(".state.")
-    if not found or slot not in OPTIMIZER_STATE:
+    before, found, rest = (f".{path[-1]}").partition(".state.")
+    name, _, slot = rest.rpartition(".")
+    if slot not in OPTIMIZER_STATE:
+        slot, _, name = rest.partition(".")
+    if not found or not name or slot not in OPTIMIZER_STATE:
         return None
     return "/".join([*path[:-1], *filter(None, [before.strip(".")])]), name, slot
 
@@ -115,6 +133,8 @@ def _choose(found: Mapping[str, Saved], path: str, key: str | None) -> Saved:
 
 def _opened(ref: str, path: str, saved: Saved, parts: Parts, files: Files) -> OptimizerState:
     groups, group_of = _groups(saved, parts)
+    common = _common(path, files) if not saved.settings else None
+    groups = [common] if common else groups
     entries: dict[str, dict[str, Entry]] = {}
     parameters = []
     for name, kept in saved.state.items():
@@ -126,6 +146,7 @@ def _opened(ref: str, path: str, saved: Saved, parts: Parts, files: Files) -> Op
                 steps = as_steps(number(entry.info, raw)) if slot == "step" else steps
             else:
                 entries.setdefault(slot, {})[name] = entry
+        steps = steps or as_steps(groups[group_of.get(name, 0)].get("step"))
         own = tuple(slot for slot, found in entries.items() if name in found)
         shape = entries[own[0]][name].info.shape if own else None
         parameters.append(Parameter(name, group_of.get(name, 0), steps, own, shape))
@@ -151,6 +172,24 @@ def _groups(saved: Saved, parts: Parts) -> tuple[list[dict[str, Any]], dict[str,
         at = len(groups) - 1 if group.isdecimal() else groups.index(values)
         group_of |= dict.fromkeys(members, at)
     return groups or [{}], group_of
+
+
+def _common(path: str, files: Files) -> dict[str, Any] | None:
+    """Megatron's settings, of common.pt: those on which all groups agree, as nothing says which parameter is in which."""
+    if not (Path(path) / COMMON).is_file():
+        return None
+    file = files.add(str(Path(path) / COMMON))
+    content, storages = read_file(files, file)
+    pending = deque([content])
+    for _ in range(MOST_PLACES):
+        held = pending.popleft() if pending else None
+        if isinstance(held, Mapping):
+            listed = held.get("param_groups")
+            if isinstance(listed, list) and listed and all(isinstance(group, Mapping) for group in listed):
+                plain = [settings(group, files, file, storages, path) for group in listed]
+                return {key: value for key, value in plain[0].items() if all(one.get(key) == value for one in plain)}
+            pending.extend(held.values())
+    return None
 
 
 def _members(group: str, listed: Any) -> Sequence[str]:

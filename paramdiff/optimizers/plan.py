@@ -86,6 +86,8 @@ def plan(
             continue
         if kind.absent:
             made.facts[name]["note"] = f"{kind.name}: {kind.absent}"
+        elif kind.corrected and not parameter.steps:
+            made.facts[name]["note"] = "nothing says how many steps it has taken, so that moments cannot be corrected for it"
         if weights is not None:
             if name in beside and beside[name].info.shape == reads[next(iter(reads))].info.shape:
                 reads["w"] = beside[name]
@@ -227,6 +229,7 @@ def _recipe(kind: Kind, group: Group, rate: Rate, parameter: Parameter, roles: t
     beta1, beta2 = (beta if beta is not None else 0.0 for beta in betas_of(group))
     t = parameter.steps[1] if parameter.steps else 0
     corrected = kind.corrected and t > 0
+    counted = t > 0 or not kind.corrected
     fresh = 1 - beta1 if kind.v is not None else 1 - (_setting(group, "dampening") or 0.0)
     return Recipe(
         roles,
@@ -239,8 +242,9 @@ def _recipe(kind: Kind, group: Group, rate: Rate, parameter: Parameter, roles: t
         fresh=fresh,
         decay=(_setting(group, "weight_decay") or 0.0) if _decoupled(kind, group) else 0.0,
         ascends=bool(group.get("maximize")),
-        scales=kind.scales,
-        steps=kind.steps and (t > 0 or not kind.corrected),
+        counted=counted,
+        scales=kind.scales and counted,
+        steps=kind.steps and counted,
     )
 
 

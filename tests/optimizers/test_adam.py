@@ -455,3 +455,21 @@ def test_tables_have_the_documented_columns_and_types(tmp_path: Path) -> None:
     for table, frame in found.tables.items():
         documented = {name: kind for name, (kind, _) in columns.TABLES[table].items()}
         assert {name: str(kind) for name, kind in frame.schema.items()} == documented, table
+
+
+def test_a_moment_of_zero_without_epsilon_makes_no_step(tmp_path: Path) -> None:
+    model, optimizer, _ = train(adamw, 3)
+    optimizer.param_groups[0]["eps"] = 0.0
+    state = optimizer.state[model.lm_head.weight]
+    state["exp_avg"][0] = 0.0
+    state["exp_avg_sq"][0] = 0.0
+    found = paramdiff.adam(save(tmp_path / "c", model, optimizer))
+    row = rows(found)["lm_head.weight"]
+    m, v = (state[slot][1:].double().numpy() for slot in ("exp_avg", "exp_avg_sq"))
+    by_hand = expected(m, v, 3, lr=LR, eps=0.0)
+    assert row["u_norm"] == pytest.approx(by_hand["u_norm"])
+    assert row["adaptivity"] == pytest.approx(by_hand["adaptivity"])
+    assert row["v_zero"] == pytest.approx(1 / 19)
+    bins = found.tables["histograms"].filter((pl.col("name") == "lm_head.weight") & (pl.col("histogram") == "log10_eff_lr"))
+    assert bins.filter(pl.col("lower") == math.inf)["count"].to_list() == [8]  # no bound on the rate without ε
+    assert row["eff_lr_p99"] == math.inf

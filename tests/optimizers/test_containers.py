@@ -229,6 +229,45 @@ def two_groups(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": fast, "lr": 1e-2}, {"params": slow, "lr": 1e-3}])
 
 
+def megatron(state: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    kept = {
+        f"optimizer.state.{slot}.{n}": v for n, held in state["state"].items() for slot, v in held.items() if slot != "step"
+    }
+    masters = {f"optimizer.state.fp32_param.{n}": v for n, v in model.items()}
+    return {**model, **kept, **masters}
+
+
+def test_megatron(tmp_path: Path) -> None:
+    """Its keys and common.pt by hand, in a checkpoint that torch wrote; and its own writer's."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    model, optimizer, _ = train(lambda p: torch.optim.AdamW([q for n, q in p if "unused" not in n], lr=1e-3), 3)
+    names = [name for name, p in model.named_parameters() if "unused" in name]
+    whole = {n: v for n, v in get_model_state_dict(model).items() if n not in names}
+    for name in names:
+        model.get_parameter(name).requires_grad_(False)
+    save_distributed(megatron(get_optimizer_state_dict(model, optimizer), whole), tmp_path / "c")
+    groups = [
+        {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "step": 3, "wd_mult": w, "weight_decay": w} for w in (0.0, 0.1)
+    ]
+    torch.save({"optimizer": {"optimizer": {"param_groups": groups}}, "iteration": 3}, tmp_path / "c" / "common.pt")
+    state = paramdiff.optimizer(tmp_path / "c")
+    assert_moments(state, states_of(model, optimizer))
+    assert {p.steps for p in state.parameters.values()} == {(3, 3)}
+    assert "weight_decay" not in state.groups[0]  # on which the groups differ
+    found = paramdiff.adam(tmp_path / "c").parameters
+    assert found["bf16_visible"].null_count() == 0
+    whole_state = paramdiff.optimizer(REAL / "megatron" / "iter_0000002")
+    assert whole_state["embedding.word_embeddings.weight"]["exp_avg"].shape == (12, 4)
+
+
+def test_megatron_buckets_are_refused(tmp_path: Path) -> None:
+    key = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0.exp_avg"
+    save_distributed({"w": torch.ones(3), key: torch.ones(3)}, tmp_path / "c")
+    with pytest.raises(UnsupportedFormat, match="fully-reshardable"):
+        paramdiff.optimizer(tmp_path / "c")
+
+
 def test_several_optimizers_in_a_distributed_checkpoint(tmp_path: Path) -> None:
     moments = {"exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
     state = {"state": {"w": moments}, "param_groups": [{"lr": 0.1, "params": ["w"]}]}
