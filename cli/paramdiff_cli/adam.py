@@ -14,7 +14,7 @@ Checkpoint = Annotated[
 ]
 Other = Annotated[
     str | None,
-    typer.Argument(help="Another one to set beside it, or the save of the next step of the same run.", metavar="[OTHER]"),
+    typer.Argument(help="Another one to set beside it, or the save of the next step of the same run.", metavar="OTHER"),
 ]
 Weights = Annotated[
     str | None, typer.Option("--weights", help="Where the weights lie, if not beside the state.", metavar="REF")

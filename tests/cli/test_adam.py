@@ -153,3 +153,22 @@ def test_hostile_names_are_printed_harmlessly(tmp_path: Path) -> None:
 def test_help_has_examples() -> None:
     done = run("adam", "--help")
     assert "paramdiff adam rl/checkpoint-500/ sft/checkpoint-500/" in done.stdout
+
+
+def test_the_readme_of_the_sample_data_says_what_the_command_finds() -> None:
+    rows = {
+        "standard deviation of v": "v_std", "standard deviation of √v": "sqrt_v_std",
+        "standard deviation of √v̂": "sqrt_vhat_std",
+        "mean of √v̂": "sqrt_vhat_mean", "median effective learning rate": "eff_lr_p50",
+        "spread of log10 of it, in decades": "log10_eff_lr_std", "adaptivity, 1 − cos(u, m̂)": "adaptivity",
+        "equivalent SGD learning rate": "equivalent_sgd_lr", "root mean square of the step": "update_rms",
+        "share of the weights that it changes in bf16": "bf16_visible",
+        "norm of the last gradient, as Adam saw it": "grad_norm", "cos(momentum, gradient)": "momentum_grad_cosine",
+    }  # fmt: skip
+    rl, sft = (run_json("adam", of / BEFORE, of / LAST)["second"] for of in (RL, SFT))
+    ratios = run_json("adam", RL / LAST, SFT / LAST)["ratios"]
+    text = (SAMPLE / "README.md").read_text(encoding="utf-8")
+    for label, column in rows.items():
+        ratio = f"{ratios[column]:.3g}" if column in ratios else ""
+        line = f"| {label} | {rl[column]:.3g} | {sft[column]:.3g} | {ratio} |".replace("|  |", "| |")
+        assert line in text, line
