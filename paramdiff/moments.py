@@ -73,9 +73,10 @@ class Moments:
         both = stepped.group_by("name").agg(pl.col("side").n_unique()).filter(pl.col("side") == 2)["name"]
         common = stepped.filter(pl.col("name").is_in(both.implode()))
         first, second = (self._rolled_up(common.filter(pl.col("side") == side), keys) for side in ("first", "second"))
+        others = {tuple(row[key] for key in keys): row for row in second.to_dicts()}
         rows = []
         for row in first.to_dicts():
-            other = next((r for r in second.to_dicts() if all(r[key] == row[key] for key in keys)), None)
+            other = others.get(tuple(row[key] for key in keys))
             if other is None:
                 continue
             found = {key: row[key] for key in keys} | {"tensors": row["tensors"], "numel": row["numel"]}

@@ -28,8 +28,11 @@ _SUMMED = ("numel", "changed", "changed_bits", "changed_bf16", "sign_flips", "no
 _SHARES = {"sparsity": "changed", "sparsity_bits": "changed_bits", "sparsity_bf16": "changed_bf16"}
 
 
-def frame(table: str, rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
-    """A frame with the types of `columns.py`; columns of a user's own measure get the type of their values."""
+def frame(table: str, rows: Sequence[dict[str, Any]], exploded: Sequence[str] = ()) -> pl.DataFrame:
+    """A frame with the types of `columns.py`; columns of a user's own measure get the type of their values.
+
+    Columns of `exploded` hold arrays, which become one row for each of their elements.
+    """
     known = rows[0] if rows else dict.fromkeys(c for c in TABLES.get(table, {}) if "[" not in c)
     schema = {}
     for name in known:
@@ -39,7 +42,7 @@ def frame(table: str, rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
             schema[name] = None
     # numpy arrays become list columns without passing through Python integers
     data = {name: [row[name] for row in rows] for name in known}
-    lists = _EXPLODED.get(table, ())
+    lists = exploded or _EXPLODED.get(table, ())
     series = [pl.Series(n, v, dtype=pl.List(schema[n]) if n in lists else schema[n], strict=False) for n, v in data.items()]
     return pl.DataFrame(series).explode(lists) if lists else pl.DataFrame(series)
 

@@ -130,15 +130,16 @@ class Adam:
         return row
 
     def tables(self, acc: Accumulator, tensor: Aligned) -> dict[str, list[dict[str, Any]]]:
-        """Rows of `histograms.parquet`: log10 of the edges of bins that hold something; the first holds zeros, too."""
+        """Histograms, each with arrays of log10 of the edges of bins that hold something (the first holds zeros, too) and of
+        counts, which become the rows of `histograms.parquet`."""
         rows = []
         for name, kept in zip(HISTOGRAMS, ("sqrt_vhat", "eff_lr"), strict=True):
             counts = acc.arrays.get(kept, np.zeros(0, dtype=np.int64))
             index = np.flatnonzero(counts)
             with np.errstate(divide="ignore"):
                 lower, upper = np.log10(edges(index)), np.log10(edges(index + 1))
-            for low, high, count in zip(lower.tolist(), upper.tolist(), counts[index].tolist(), strict=True):
-                rows.append({"histogram": name, "lower": low, "upper": high, "count": count})
+            if index.size:
+                rows.append({"histogram": name, "lower": lower, "upper": upper, "count": counts[index]})
         return {"histograms": rows}
 
 

@@ -240,7 +240,7 @@ def _moments(
     started: datetime = min(one.started for one in everything)
     frames = {
         "adam": tables.frame("adam", rows),
-        "histograms": tables.frame("histograms", histograms),
+        "histograms": tables.frame("histograms", histograms, exploded=("lower", "upper", "count")),
         "coverage": tables.coverage_frame(coverage),
     }
     run = {

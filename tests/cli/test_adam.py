@@ -78,7 +78,7 @@ def test_two_side_by_side() -> None:
     }
 
 
-@pytest.mark.parametrize("run_of", [RL, SFT])
+@pytest.mark.parametrize("run_of", [RL, pytest.param(SFT, marks=pytest.mark.slow)])
 def test_the_gradient_between_consecutive_saves(run_of: Path) -> None:
     """Both runs clip the gradient to norm 1, and at both steps it was larger: what Adam saw has the norm 1."""
     told = run_json("adam", run_of / BEFORE, run_of / LAST, "--gradient")
@@ -108,6 +108,7 @@ def test_tables_are_written(tmp_path: Path) -> None:
     assert facts["first"]["naming"].startswith("named by the order")
 
 
+@pytest.mark.slow
 def test_options(tmp_path: Path) -> None:
     told = run_json("adam", RL / LAST, "--lr", "0.5", "--include", "q_proj", "--exclude", "bias")
     assert told["first"]["lr"] == 0.5
@@ -124,6 +125,7 @@ def test_options(tmp_path: Path) -> None:
     assert before["bf16_visible"] != at_group["bf16_visible"]
 
 
+@pytest.mark.slow
 def test_bad_input(tmp_path: Path) -> None:
     assert_sentence(run("adam", tmp_path / "none"), 2, "No such path")
     assert_sentence(run("adam", tmp_path), 2, "holds no optimizer state")
@@ -155,6 +157,7 @@ def test_help_has_examples() -> None:
     assert "paramdiff adam rl/checkpoint-500/ sft/checkpoint-500/" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_readme_of_the_sample_data_says_what_the_command_finds() -> None:
     rows = {
         "standard deviation of v": "v_std", "standard deviation of √v": "sqrt_v_std",
