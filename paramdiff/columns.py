@@ -209,18 +209,16 @@ ADAM = {
     "note": ("String", "what is not defined for this optimizer, and why; else null"),
 }
 
+ADAM_HISTOGRAMS = "histograms, from `paramdiff adam`"  # the same file name as those of a comparison
+
 TABLES: dict[str, dict[str, tuple[str, str]]] = {
     "tensors": {**IDENTITY, **CHANGE, **MAGNITUDE, **ROWS},
     "histograms": {
         "name": ("String", "parameter"),
-        "side": ("String", "only from `paramdiff adam`: first or second checkpoint"),
-        "histogram": (
-            "String",
-            "ulp, log2_abs_delta or log2_rel_delta (of |Δ|/|base|); of `paramdiff adam` log10_sqrt_vhat, log10_eff_lr",
-        ),
-        "lower": ("Float64", "lower edge: distance in ulps, or exponent of two or ten; included"),
+        "histogram": ("String", "ulp, log2_abs_delta or log2_rel_delta (of |Δ|/|base|)"),
+        "lower": ("Float64", "lower edge: distance in ulps, or exponent of two; included"),
         "upper": ("Float64", "upper edge: included for ulp, excluded for exponents; both +inf: left zero"),
-        "count": ("Int64", "elements; Δ = 0 is in ulp 0 and in no exponent bin; √v̂ = 0 is in the bin that begins at −inf"),
+        "count": ("Int64", "elements; Δ = 0 is in ulp 0 and in no exponent bin"),
     },
     "rows": {
         "name": ("String", "parameter"),
@@ -230,6 +228,14 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
         "changed": ("List(UInt32)", "changed elements of each row (column), in order"),
     },
     "adam": ADAM,
+    ADAM_HISTOGRAMS: {
+        "name": ("String", "parameter"),
+        "side": ("String", "first or second checkpoint"),
+        "histogram": ("String", "log10_sqrt_vhat (of √v̂) or log10_eff_lr (of the effective learning rate)"),
+        "lower": ("Float64", "log10 of the lower edge, included; −inf: zeros are in this bin"),
+        "upper": ("Float64", "log10 of the upper edge, excluded; both +inf: infinite or beyond float32"),
+        "count": ("Int64", "elements"),
+    },
     "ranks": RANKS,
     "spectra": {
         "name": ("String", "parameter"),
@@ -283,7 +289,8 @@ def markdown() -> str:
     """All tables as Markdown, for docs/columns.md."""
     lines = ["# What the columns mean", "", "Generated from `paramdiff/columns.py` by `make docs`.", ""]
     for table, columns in TABLES.items():
-        lines += [f"## {table}.parquet", "", "| column | type | meaning |", "|---|---|---|"]
+        file, comma, whence = table.partition(",")
+        lines += [f"## {file}.parquet{comma}{whence}", "", "| column | type | meaning |", "|---|---|---|"]
         for name, (kind, text) in columns.items():
             escaped = text.replace("|", "\\|")
             lines.append(f"| `{name}` | {kind} | {escaped} |")

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from paramdiff.columns import TABLES, meaning
+from paramdiff.columns import ADAM_HISTOGRAMS, TABLES, meaning
 from paramdiff.errors import OptionError
 from paramdiff.measures.accumulator import exact_sum
 from paramdiff.measures.change import unchanged
@@ -20,6 +20,7 @@ _TYPES: dict[str, Any] = {
     "Boolean": pl.Boolean, "List(Int64)": pl.List(pl.Int64), "List(UInt32)": pl.List(pl.UInt32),
 }  # fmt: skip
 _EXPLODED = {
+    ADAM_HISTOGRAMS: ["lower", "upper", "count"],
     "spectra": ["index", "sigma"],
     "angles": ["index", "degrees"],
     "weight_spectra": ["index", "sigma_base", "sigma_tuned"],
@@ -28,11 +29,8 @@ _SUMMED = ("numel", "changed", "changed_bits", "changed_bf16", "sign_flips", "no
 _SHARES = {"sparsity": "changed", "sparsity_bits": "changed_bits", "sparsity_bf16": "changed_bf16"}
 
 
-def frame(table: str, rows: Sequence[dict[str, Any]], exploded: Sequence[str] = ()) -> pl.DataFrame:
-    """A frame with the types of `columns.py`; columns of a user's own measure get the type of their values.
-
-    Columns of `exploded` hold arrays, which become one row for each of their elements.
-    """
+def frame(table: str, rows: Sequence[dict[str, Any]]) -> pl.DataFrame:
+    """A frame with the types of `columns.py`; columns of a user's own measure get the type of their values."""
     known = rows[0] if rows else dict.fromkeys(c for c in TABLES.get(table, {}) if "[" not in c)
     schema = {}
     for name in known:
@@ -42,7 +40,7 @@ def frame(table: str, rows: Sequence[dict[str, Any]], exploded: Sequence[str] = 
             schema[name] = None
     # numpy arrays become list columns without passing through Python integers
     data = {name: [row[name] for row in rows] for name in known}
-    lists = exploded or _EXPLODED.get(table, ())
+    lists = _EXPLODED.get(table, ())
     series = [pl.Series(n, v, dtype=pl.List(schema[n]) if n in lists else schema[n], strict=False) for n, v in data.items()]
     return pl.DataFrame(series).explode(lists) if lists else pl.DataFrame(series)
 

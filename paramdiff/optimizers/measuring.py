@@ -208,7 +208,7 @@ def _moments(
     apart: str | None,
 ) -> Moments:
     from paramdiff import tables
-    from paramdiff.columns import ADAM
+    from paramdiff.columns import ADAM, ADAM_HISTOGRAMS
     from paramdiff.moments import Moments
 
     rows: list[dict[str, Any]] = []
@@ -240,7 +240,7 @@ def _moments(
     started: datetime = min(one.started for one in everything)
     frames = {
         "adam": tables.frame("adam", rows),
-        "histograms": tables.frame("histograms", histograms, exploded=("lower", "upper", "count")),
+        "histograms": tables.frame(ADAM_HISTOGRAMS, histograms),
         "coverage": tables.coverage_frame(coverage),
     }
     run = {
