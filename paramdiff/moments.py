@@ -191,7 +191,7 @@ def _step(rows: pl.DataFrame) -> dict[str, Any]:
     """The step of several parameters together. Where their rates differ, each counts with its own; where one has none, `u`
     alone gives the adaptivity."""
     known = rows.filter(pl.col("u_norm").is_not_null())
-    rated = known.filter(pl.col("lr").is_not_null())
+    rated = known.filter(pl.col("lr") > 0)
     n, row = int(rated["finite"].sum()), dict[str, Any]()
     rates = known["lr"] if rated.height == known.height else pl.Series([1.0] * known.height)
     u, m = (math.sqrt(exact_sum((known[c] ** 2 * w).to_list())) for c, w in (("u_norm", rates**2), ("mhat_norm", rates**0)))

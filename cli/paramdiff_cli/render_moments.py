@@ -90,8 +90,9 @@ def _heading(found: Moments, side: str, total: dict[str, Any]) -> Text:
     settings = [("β₁", total["beta1"]), ("β₂", total["beta2"]), ("ε", total["eps"]), ("weight decay", total["weight_decay"])]
     listed = " · ".join(f"{name} {value:g}" for name, value in settings if value is not None)
     rate = "learning rate not known" if total["lr"] is None else f"learning rate {total['lr']:g}"
-    if total["lr"] is None and "+" in (total["lr_source"] or ""):
-        rate = "learning rates differ"
+    rates = found.parameters.filter(found.parameters["side"] == side)["lr"].drop_nulls().unique().sort()
+    if len(rates) > 1:
+        rate = f"learning rates {rates[0]:g} to {rates[-1]:g}"
     return Text(
         f"{label} {sink.printable(total['ref'])}\n"
         f"       {total['numel']:,} parameters in {total['tensors']} tensors; {said}\n"

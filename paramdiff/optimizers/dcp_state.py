@@ -38,7 +38,7 @@ class Saved:
 
     state: dict[str, dict[str, Stored]] = field(default_factory=dict)
     counts: dict[str, str] = field(default_factory=dict)  # parameter → key of a step that is no tensor
-    settings: dict[str, dict[str, str]] = field(default_factory=dict)  # group → setting → key
+    settings: dict[str, dict[str, str | Stored]] = field(default_factory=dict)  # group → setting → its key, or tensor
 
 
 def open(ref: str, path: str, key: str | None) -> OptimizerState:
@@ -49,8 +49,11 @@ def open(ref: str, path: str, key: str | None) -> OptimizerState:
     metadata = read_metadata(str(Path(path) / ".metadata"))
     found: dict[str, Saved] = {}
     for stored in metadata.tensors:
-        place = _of_state(stored.path)
-        if place is not None:
+        place, setting = _of_state(stored.path), _of_groups(stored.path)
+        if setting is not None:
+            owner, group, what = setting
+            found.setdefault(owner, Saved()).settings.setdefault(group, {})[what] = stored
+        elif place is not None:
             owner, name, slot = place
             found.setdefault(owner, Saved()).state.setdefault(name, {})[slot] = stored
     for where, way in metadata.values.items():
@@ -87,7 +90,7 @@ def _of_state(path: tuple[str, ...]) -> tuple[str, str, str] | None:
     >>> _of_state(("optimizer.state.exp_avg.decoder.final_layernorm.weight",))
     ('optimizer', 'decoder.final_layernorm.weight', 'exp_avg')
     """
-    if len(path) >= 3 and path[-3] == "state" and path[-1] in OPTIMIZER_STATE:
+    if len(path) >= 3 and path[-3] == "state":
         return "/".join(path[:-3]), path[-2], path[-1]
     before, found, rest = (f".{path[-1]}").partition(".state.")
     name, _, slot = rest.rpartition(".")
@@ -132,7 +135,7 @@ def _choose(found: Mapping[str, Saved], path: str, key: str | None) -> Saved:
 
 
 def _opened(ref: str, path: str, saved: Saved, parts: Parts, files: Files) -> OptimizerState:
-    groups, group_of = _groups(saved, parts)
+    groups, group_of = _groups(saved, parts, files)
     common = _common(path, files) if not saved.settings else None
     groups = [common] if common else groups
     entries: dict[str, dict[str, Entry]] = {}
@@ -160,18 +163,27 @@ def _opened(ref: str, path: str, saved: Saved, parts: Parts, files: Files) -> Op
     )  # fmt: skip
 
 
-def _groups(saved: Saved, parts: Parts) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _groups(saved: Saved, parts: Parts, files: Files) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The settings of each group, and the group of each parameter. Parameters of equal settings are one group."""
     groups: list[dict[str, Any]] = []
     group_of: dict[str, int] = {}
     for group, keys in saved.settings.items():
-        values = {what: parts.value(key) for what, key in keys.items() if what not in UNREAD}
-        members = _members(group, parts.value(keys["params"]) if "params" in keys and group.isdecimal() else None)
+        values = {what: _value(key, parts, files) for what, key in keys.items() if what not in UNREAD}
+        listed = _value(keys["params"], parts, files) if "params" in keys and group.isdecimal() else None
+        members = _members(group, listed)
         if values not in groups or group.isdecimal():
             groups.append(values)
         at = len(groups) - 1 if group.isdecimal() else groups.index(values)
         group_of |= dict.fromkeys(members, at)
     return groups or [{}], group_of
+
+
+def _value(key: str | Stored, parts: Parts, files: Files) -> Any:
+    """A setting: whatever was saved under a key, or the number in a tensor."""
+    if isinstance(key, str):
+        return parts.value(key)
+    entry = parts.entry(key.key, key)
+    return number(entry.info, files.read(entry.file, entry.start, entry.info.nbytes)) if entry.info.numel == 1 else None
 
 
 def _common(path: str, files: Files) -> dict[str, Any] | None:

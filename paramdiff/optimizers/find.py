@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 from paramdiff.checkpoints import layouts
-from paramdiff.errors import NotFound
+from paramdiff.errors import BrokenFile, NotFound
 
 FILES = ("optimizer.pt", "optimizer.bin", "optimizer.pth")  # Trainer, accelerate (FULL_STATE_DICT)
 RANK_FILE = re.compile(r"optim_world_size_(?P<size>\d+)_rank_(?P<rank>\d+)\.pt")
 # Where the state lies below the directory of one step, in turn.
 INSIDE = ("optimizer_0", "optimizer", "optim", "actor", "policy", "trainer", "pytorch_model", "model", "dist_ckpt")
-TORCH = (".pt", ".pth", ".bin", ".ckpt", ".zip", ".tar")
+TORCH = (".pt", ".pth", ".ckpt", ".zip")
 DEEPEST = 4
 
 
@@ -60,13 +60,18 @@ def _directory(path: Path, depth: int = 0) -> tuple[str, str] | None:
             found = _directory(path / name, depth + 1)
             if found is not None:
                 return found
-    files = [name for name in names if name.endswith((".ckpt", ".zip", ".pt", ".pth")) and not _is_other(name)]
-    return ("torch", str(path / files[0])) if len(files) == 1 else None
+    files = [name for name in names if name.endswith(TORCH) and not _is_other(name) and (path / name).is_file()]
+    states = [name for name in files if "optim" in name] or files
+    if len(states) > 1:
+        raise BrokenFile(f"{path} holds {len(states)} files that may hold a state.", hint=f"Name one: {path / states[0]}.")
+    return ("torch", str(path / states[0])) if states else None
 
 
 def _is_other(name: str) -> bool:
     """True for files beside a state that hold none."""
-    return bool(re.match(r"(scheduler|scaler|rng_state|random_states|training_args|model_world_size|extra_state)", name))
+    return bool(
+        re.match(r"(scheduler|scaler|rng_state|random_states|training_args|model_world_size|extra_state|consolidated)", name)
+    )
 
 
 def _nothing_in(ref: str, path: Path) -> NotFound:

@@ -22,7 +22,7 @@ from paramdiff.optimizers import optimizer
 from paramdiff.optimizers.kinds import recognise
 from paramdiff.optimizers.plan import Plan, betas_of, plan
 from paramdiff.optimizers.rates import in_force, trainer_state
-from paramdiff.optimizers.state import OptimizerState
+from paramdiff.optimizers.state import OptimizerState, as_steps
 from paramdiff.pairing import Uncompared, name_filter
 from paramdiff.streaming import spans
 
@@ -128,7 +128,10 @@ def _reset(state: OptimizerState) -> list[str]:
     total = trainer_state(Path(state.directory)).get("global_step")
     most = max((p.steps[1] for p in state.parameters.values() if p.steps), default=None)
     if isinstance(total, int) and most is not None and most < total:
-        return [f"{state.ref} is at step {total}, but its optimizer has counted {most}: its state was reset on the way."]
+        return [
+            f"{state.ref} is at step {total}, but its optimizer has counted {most} steps: its state was reset on the way, "
+            "or steps were skipped."
+        ]
     return []
 
 
@@ -154,13 +157,18 @@ def _apart(first: OptimizerState, second: OptimizerState) -> str | None:
             return f"{name!r} has another shape in one than in the other"
         if betas_of(groups[0]) != betas_of(groups[1]):
             return f"β differs: {betas_of(groups[0])} and {betas_of(groups[1])}"
-        if before.steps and after.steps:
-            if (before.steps[0] + 1, before.steps[1] + 1) != after.steps:
-                return f"{first.ref} is at step {_range(before.steps)} and {second.ref} at {_range(after.steps)}"
-        elif kind.corrected:
+        counts = before.steps or _total(first), after.steps or _total(second)
+        if counts[0] is None or counts[1] is None:
             return "they do not say how many steps they have taken"
+        if (counts[0][0] + 1, counts[0][1] + 1) != counts[1]:
+            return f"{first.ref} is at step {_range(counts[0])} and {second.ref} at {_range(counts[1])}"
         compared += 1
     return None if compared else "neither keeps a first moment"
+
+
+def _total(state: OptimizerState) -> tuple[int, int] | None:
+    """The steps of a run, as Trainer counts them: of optimizers that keep no count."""
+    return as_steps(trainer_state(Path(state.directory)).get("global_step"))
 
 
 def _range(steps: tuple[int, int]) -> str:
@@ -262,12 +270,17 @@ def _moments(
 def _contradicted(rows: Sequence[dict[str, Any]]) -> str | None:
     """Why the gradients that were found cannot be such: the second moments do not follow from them. Takes them out then."""
     checked = [row for row in rows if row["grad_check"] is not None]
-    worst = max(checked, key=lambda row: row["grad_check"] / FOLLOWS.get(row["dtype_v"], 1e-12), default=None)
-    if worst is None or worst["grad_check"] <= FOLLOWS.get(worst["dtype_v"], 1e-12):
+    worst = max(checked, key=lambda row: row["grad_check"] / _rounding(row), default=None)
+    if worst is None or worst["grad_check"] <= _rounding(worst):
         return None
     for row in rows:
         row.update(dict.fromkeys(("grad_norm", "momentum_norm", "momentum_dot_grad", "momentum_grad_cosine", "grad_check")))
     return f"the second moment of {worst['name']!r} does not follow from the first save, so that they are of different runs"
+
+
+def _rounding(row: dict[str, Any]) -> float:
+    """What rounding of the moments leaves of the check, by the coarser of their types."""
+    return max(FOLLOWS.get(row["dtype_m"], 1e-12), FOLLOWS.get(row["dtype_v"], 1e-12))
 
 
 def _lone(facts: dict[str, Any], reason: str) -> Uncompared:

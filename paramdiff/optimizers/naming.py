@@ -7,13 +7,17 @@ way of doing so is a candidate; one that gives a parameter a shape that its stat
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from paramdiff.errors import UnsupportedFormat
 
 Shape = tuple[int, ...]
+BY_NAME = "Save the optimizer's state by name: torch.distributed.checkpoint.state_dict.get_optimizer_state_dict."
+MOST_BLOCKS = 5  # groups that are tried in every turn
+MOST_TURNS = 120
 
 
 @dataclass(frozen=True)
@@ -59,21 +63,20 @@ def assign(
 
     `groups` are the numbers of each of `param_groups`, `shapes` those of the parameters that have state. Orders are tried in
     turn; the first in which anything fits decides.
-    Raises `UnsupportedFormat` where nothing fits, or several ways of naming do.
+    Raises `UnsupportedFormat` where nothing fits, or more than one way of naming does.
     """
     tried = []
     for order in orders:
         tried.append(order.source)
         fits: dict[tuple[tuple[int, str], ...], str] = {}
         for rule, dealt in _dealt(groups, order):
-            named = _fit(groups, dealt, shapes, order)
-            if named is not None:
+            for named in _fits(groups, dealt, shapes, order):
                 fits.setdefault(tuple(named.items()), rule)
         if len(fits) > 1:
-            rules = " and ".join(repr(rule) for rule in fits.values())
+            rules = " and ".join(dict.fromkeys(fits.values()))
             raise UnsupportedFormat(
-                f"{where} numbers its parameters, and groups {rules} give them different names, all of the right shapes.",
-                hint="Save the optimizer's state by name: torch.distributed.checkpoint.state_dict.get_optimizer_state_dict.",
+                f"{where} numbers its parameters, and groups {rules} fit {order.source} in several ways.",
+                hint=BY_NAME,
             )
         for pairs, rule in fits.items():
             return dict(pairs), f"named by the order of {order.source}, groups {rule}"
@@ -87,37 +90,54 @@ def assign(
 
 
 def _dealt(groups: Sequence[Sequence[int]], order: Order) -> Iterable[tuple[str, list[list[str]]]]:
-    """Ways in which the parameters of an order may have been dealt to the groups: one list for each group."""
+    """Ways in which the parameters of an order may have been dealt to the groups: one list of names for each group; or one
+    list for all of them, where they were taken one after the other."""
     names = [*order.shapes]
-    if len(groups) == 1:
-        yield "of one", [names]
-        return
     if len(groups) == 2:
         for rule, undecayed in RULES.items():
             second = {name for name in names if undecayed(name, order)}
             yield f"as {rule} makes them", [[n for n in names if n not in second], [n for n in names if n in second]]
-    if sum(map(len, groups)) == len(names):
-        rest, parts = iter(names), []
-        for group in groups:
-            parts.append([next(rest) for _ in group])
-        yield "one after the other", parts
+    yield ("of one" if len(groups) == 1 else "one after the other"), [names]
 
 
-def _fit(
+def _fits(
     groups: Sequence[Sequence[int]], dealt: Sequence[Sequence[str]], shapes: Mapping[int, Shape], order: Order
-) -> dict[int, str] | None:
-    """The names of all numbers, or None where they do not fit. Where a group has fewer numbers than names (the others are
-    frozen), there must be only one way to leave some out."""
-    named: dict[int, str] = {}
+) -> Iterator[dict[int, str]]:
+    """Names of all numbers; nothing where they do not fit, and two ways where there is more than one.
+
+    Where there are fewer numbers than names, the others are frozen. Groups that were taken one after the other may have been
+    so in any turn, if the blocks of numbers still fit.
+    """
+    turns = [[*groups]]
+    if len(dealt) == 1:
+        filled = [group for group in groups if group]
+        turns = [[[*itertools.chain(*turn)]] for turn in itertools.islice(itertools.permutations(filled), MOST_TURNS)]
+        if len(filled) > MOST_BLOCKS and len({tuple(shapes.get(n) for n in group) for group in filled}) < len(filled):
+            return  # too many to try, and some could stand in for one another
+    found = 0
+    for turn in turns:
+        for named in _ends(turn, dealt, shapes, order):
+            yield named
+            found += 1
+            if found == 2:
+                return
+
+
+def _ends(
+    groups: Sequence[Sequence[int]], dealt: Sequence[Sequence[str]], shapes: Mapping[int, Shape], order: Order
+) -> list[dict[int, str]]:
+    """The first and the last way to give numbers names of their shapes in this order: none, one, or two that differ."""
+    ways: list[dict[int, str]] = [{}, {}]
     for numbers, names in zip(groups, dealt, strict=True):
-        if len(numbers) > len(names) or (numbers and len(numbers) < len(names) and not all(n in shapes for n in numbers)):
-            return None
+        if len(numbers) > len(names) or (0 < len(numbers) < len(names) and not all(n in shapes for n in numbers)):
+            return []
         first = _leftmost(numbers, names, shapes, order)
         last = _leftmost(numbers[::-1], names[::-1], shapes, order)
-        if first is None or last is None or first != last[::-1]:
-            return None
-        named.update(zip(numbers, first, strict=True))
-    return named
+        if first is None or last is None:
+            return []
+        ways[0].update(zip(numbers, first, strict=True))
+        ways[1].update(zip(numbers, last[::-1], strict=True))
+    return ways[:1] if ways[0] == ways[1] else ways
 
 
 def _leftmost(numbers: Sequence[int], names: Sequence[str], shapes: Mapping[int, Shape], order: Order) -> list[str] | None:

@@ -64,8 +64,11 @@ def below(order: Order, prefix: str) -> Order:
 
 
 def of_words(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> Iterator[Order]:
-    """The order of decoders of `FAMILIES`, and of adapters of such, by the words in their names; none for other names."""
+    """The order of decoders of `FAMILIES` by the words in their names, none for other names. Without a config, only that of
+    adapters, whose directory has none; models of other families use other words for what their adapters adapt."""
     if config is not None and config.get("model_type") not in FAMILIES:
+        return
+    if config is None and not all(name.startswith(PEFT) for name in tensors):
         return
     keys: dict[str, tuple[int, ...]] = {}
     for name in tensors:

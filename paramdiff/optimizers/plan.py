@@ -78,6 +78,11 @@ def plan(
             made.warnings.append(
                 f"{state.ref} does not say whether weight decay is decoupled; it is taken to be, as in AdamW."
             )
+        odd = next((read.info for read in own.values() if read.info.type.kind != "float"), None)
+        if odd is not None:
+            made.idle.append(name)
+            made.coverage.append(_left_out(name, "not_measured", f"stored as {odd.dtype}", own, parameter))
+            continue
         reads = {role: own[slot] for role, slot in _slots_of(kind).items()}
         if not reads:
             reason = "not_measured" if own else "no_state"
@@ -86,14 +91,14 @@ def plan(
             continue
         if kind.absent:
             made.facts[name]["note"] = f"{kind.name}: {kind.absent}"
-        elif kind.corrected and not parameter.steps:
-            made.facts[name]["note"] = "nothing says how many steps it has taken, so that moments cannot be corrected for it"
+        else:
+            made.facts[name]["note"] = _unknown(kind, group, parameter)
         if weights is not None:
             if name in beside and beside[name].info.shape == reads[next(iter(reads))].info.shape:
                 reads["w"] = beside[name]
             else:
                 made.coverage.append(_left_out(name, "no_weights", "no tensor of this name and shape", own, parameter))
-        if before is not None:
+        if before is not None and not kind.absent:
             for role, slot in _slots_of(kind).items():
                 if role != "d":
                     reads[f"{role}0"] = earlier[slot][name]
@@ -220,7 +225,7 @@ def betas_of(group: Group) -> tuple[float | None, float | None]:
     ((0.9, 0.999), (0.9, None), (None, 0.99))
     """
     betas = group.get("betas")
-    if isinstance(betas, (tuple, list)) and len(betas) >= 2:
+    if isinstance(betas, (tuple, list)) and len(betas) >= 2 and all(isinstance(beta, (int, float)) for beta in betas[:2]):
         return float(betas[0]), float(betas[1])
     return _setting(group, "momentum"), _setting(group, "alpha")
 
@@ -228,17 +233,20 @@ def betas_of(group: Group) -> tuple[float | None, float | None]:
 def _recipe(kind: Kind, group: Group, rate: Rate, parameter: Parameter, roles: tuple[str, ...]) -> Recipe:
     beta1, beta2 = (beta if beta is not None else 0.0 for beta in betas_of(group))
     t = parameter.steps[1] if parameter.steps else 0
-    corrected = kind.corrected and t > 0
-    counted = t > 0 or not kind.corrected
+    counted = _unknown(kind, group, parameter) is None
+    corrected = kind.corrected and counted
+    lr = rate.value
+    if kind.name == "Adagrad" and lr is not None:
+        lr /= 1 + max(t - 1, 0) * (_setting(group, "lr_decay") or 0.0)
     fresh = 1 - beta1 if kind.v is not None else 1 - (_setting(group, "dampening") or 0.0)
     return Recipe(
         roles,
-        rate.value,
+        lr,
         beta1,
         beta2,
         _setting(group, "eps") or 0.0,
-        c1=1 / (1 - beta1**t) if corrected and beta1 < 1 else 1.0,
-        c2=1 / (1 - beta2**t) if corrected and beta2 < 1 else 1.0,
+        c1=1 / (1 - beta1**t) if corrected else 1.0,
+        c2=1 / (1 - beta2**t) if corrected else 1.0,
         fresh=fresh,
         decay=(_setting(group, "weight_decay") or 0.0) if _decoupled(kind, group) else 0.0,
         ascends=bool(group.get("maximize")),
@@ -246,6 +254,17 @@ def _recipe(kind: Kind, group: Group, rate: Rate, parameter: Parameter, roles: t
         scales=kind.scales and counted,
         steps=kind.steps and counted,
     )
+
+
+def _unknown(kind: Kind, group: Group, parameter: Parameter) -> str | None:
+    """What is missing to know m̂, v̂ and the step of an optimizer that has them; None where nothing is."""
+    if kind.corrected and not (parameter.steps and parameter.steps[1]):
+        return "nothing says how many steps it has taken, so that moments cannot be corrected for it"
+    if kind.corrected and not all(beta is not None and 0 <= beta < 1 for beta in betas_of(group)):
+        return "nothing says what β₁ and β₂ were, so that moments cannot be corrected for them"
+    if kind.scales and _setting(group, "eps") is None:
+        return "nothing says what ε was, so that the step is not known"
+    return None
 
 
 def _decoupled(kind: Kind, group: Group) -> bool:

@@ -25,10 +25,9 @@ from paramdiff.checkpoints.zero import Opened, Row
 from paramdiff.errors import BrokenFile, UnsupportedFormat
 from paramdiff.optimizers import orders
 from paramdiff.optimizers.find import RANK_FILE
-from paramdiff.optimizers.kinds import MOMENTS
 from paramdiff.optimizers.naming import Order, Shape, assign
 from paramdiff.optimizers.state import OptimizerState, Parameter, as_steps
-from paramdiff.optimizers.torch_state import scalar, settings
+from paramdiff.optimizers.torch_state import SCALARS, scalar, settings
 
 LAYER = re.compile(r"(?P<unit>.*?\b(layers?|h|blocks?|block)\.\d+)\.")  # what FSDP's usual policy wraps
 WAY_OUT = "Save with FSDP2 or use_orig_params, or save the full state by name."
@@ -107,7 +106,8 @@ def _named(
 
 
 def _slots(held: Held) -> list[str]:
-    return list(dict.fromkeys(slot for state in held for kept in state.values() for slot in kept if slot in MOMENTS))
+    """What is kept for parameters, but for numbers."""
+    return [*dict.fromkeys(slot for state in held for kept in state.values() for slot in kept if slot not in SCALARS)]
 
 
 def _steps(

@@ -41,10 +41,8 @@ def in_force(groups: Sequence[Group], directory: str, given: float | None = None
     rates = []
     for group in groups:
         initial, after = _rate(group, "initial_lr"), _rate(group, "lr")
-        if logged is not None:
-            own = initial or after
-            scale = own / first if own and first else 1.0
-            rates.append(Rate(logged.value * scale if logged.value is not None else None, logged.source))
+        if logged is not None and logged.value is not None and first and (initial or after):
+            rates.append(Rate(logged.value * (initial or after or 0.0) / first, logged.source))
         elif after:
             constant = initial is None or initial == after
             rates.append(Rate(after, "group's lr" if constant else "group's lr, which is that of the step to come"))
@@ -62,14 +60,15 @@ def _rate(group: Group, key: str) -> float | None:
 
 
 def _logged(directory: Path) -> Rate | None:
-    """What Trainer logged at the save, or last before it; None without its log."""
+    """What Trainer logged at the save, or last before it; None without its log. A rate of 0 was not in force: older
+    Trainers logged that of the step to come."""
     state = trainer_state(directory)
     step, history = state.get("global_step"), state.get("log_history")
     found: tuple[int, float] | None = None
     for entry in history if isinstance(history, list) else ():
         at = entry.get("step") if isinstance(entry, dict) else None
         value = _rate(entry, "learning_rate") if isinstance(entry, dict) else None
-        if isinstance(at, int) and value is not None and (not isinstance(step, int) or at <= step):
+        if isinstance(at, int) and value and (not isinstance(step, int) or at <= step):
             found = at, value
     if found is None:
         return None

@@ -7,9 +7,11 @@ All hold what `torch.optim.Optimizer.state_dict()` gives: `state`, a mapping fro
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,15 @@ from paramdiff.checkpoints.files import Files, Region
 from paramdiff.checkpoints.locate import read_config
 from paramdiff.checkpoints.pickles import Opaque, StoredTensor
 from paramdiff.checkpoints.torch_file import Entry, Storages, TorchTensors, entry_of, find_weights, read_archive, read_file
-from paramdiff.errors import BrokenFile, CheckpointError, UnsupportedFormat
+from paramdiff.errors import BrokenFile, CheckpointError, NotFound, UnsupportedFormat
 from paramdiff.optimizers import eight_bit, orders
 from paramdiff.optimizers.kinds import MOMENTS
 from paramdiff.optimizers.naming import Order, Shape, assign
 from paramdiff.optimizers.state import OptimizerState, Parameter, as_steps, number
 
+MOST_PARTS = 10  # of a setting
 DEEPEST = 3  # mappings and lists within one another in which state is looked for
+NUMBERED = re.compile(r"optimizer_(?P<number>\d+)\.(bin|pt)")
 SCALARS = ("step", "mu_product")  # numbers that are kept for each parameter, and no moments
 GATHERED_ELSEWHERE = "Save the full state: torch.distributed.checkpoint.state_dict.get_optimizer_state_dict."
 
@@ -149,12 +153,14 @@ def names_of(
 
 
 def settings(group: Mapping[str, Any], files: Files, file: int, storages: Storages, path: str) -> dict[str, Any]:
-    """The settings of a group as plain values; tensors of one element (lr of a capturable optimizer) as numbers."""
+    """The settings of a group as plain values; tensors of one element (lr and betas may be such) as numbers."""
     plain = {}
     for key, value in group.items():
         if key in ("params", "param_names"):
             continue
-        found = scalar(value, files, file, storages, path)
+        parts = value if isinstance(value, (tuple, list)) and len(value) < MOST_PARTS else None
+        read = [scalar(part, files, file, storages, path) for part in ([value] if parts is None else parts)]
+        found = read[0] if parts is None else tuple(read)
         if isinstance(found, (bool, int, float, str, type(None))) or (
             isinstance(found, (tuple, list)) and all(isinstance(part, (int, float)) for part in found)
         ):
@@ -210,10 +216,17 @@ def _choose(found: Mapping[str, Mapping[str, Any]], path: str, key: str | None) 
 
 
 def _open_weights(path: str, *, nested: bool) -> Checkpoint:
-    """The weights that the state belongs to: in the same file, or else in its directory."""
+    """The weights that the state belongs to: in the same file, or else in its directory; of the second model and so on, by
+    the number in the names of accelerate's files."""
     directory = Path(path).parent
     if nested:
-        return checkpoints.open(path)
+        with suppress(CheckpointError):
+            return checkpoints.open(path)
+    if numbered := NUMBERED.fullmatch(Path(path).name):
+        for pattern in (f"*_{numbered['number']}.safetensors", f"*model*_{numbered['number']}.bin"):
+            for found in sorted(directory.glob(pattern)):
+                return checkpoints.open(str(found))
+        raise NotFound(f"{directory} holds no weights of model {numbered['number']}.")
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (directory / name).is_file() and (directory / "adapter_config.json").is_file():  # the factors themselves
             located = Located([str(directory / name)], str(directory))

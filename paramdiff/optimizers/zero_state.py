@@ -22,7 +22,7 @@ from paramdiff.checkpoints.zero import Opened, Shapes
 from paramdiff.errors import BrokenFile, UnsupportedFormat
 from paramdiff.optimizers.kinds import MOMENTS
 from paramdiff.optimizers.state import OptimizerState, Parameter, as_steps
-from paramdiff.optimizers.torch_state import scalar, settings
+from paramdiff.optimizers.torch_state import SCALARS, scalar, settings
 
 NAMING = "names in DeepSpeed's files"
 CONVERT = "Convert it with DeepSpeed's ds_to_universal.py first."
@@ -50,7 +50,7 @@ def _of_tag(ref: str, path: str, names: Sequence[str], files: Files) -> Optimize
     bases = [_base(optimizer, path) for optimizer in tag.optimizers]
     held = [base["state"] for base in bases]
     count = len(tag.groups)
-    kept = [slot for slot in held[0].get(0, {}) if slot in MOMENTS and isinstance(held[0][0][slot], StoredTensor)]
+    kept = [slot for slot, value in held[0].get(0, {}).items() if slot not in SCALARS and isinstance(value, StoredTensor)]
     if any(set(state) != set(range(count)) for state in held) and any(held):
         raise BrokenFile(
             f"{path} holds moments of {len(held[0])} groups, where the model has {count}.", hint="Copy it again."

@@ -18,6 +18,7 @@ import paramdiff
 from paramdiff import columns
 from paramdiff.errors import NothingToCompare, OptionError, UnsupportedFormat
 from paramdiff.measures.adam import edges, quantile
+from tests.cli.helpers import run
 from tests.optimizers.live import Net, expected, percentiles, save, step, to_bf16, train
 
 LR = 3e-3
@@ -270,9 +271,13 @@ def test_every_optimizer_is_recognised(tmp_path: Path, kind: str) -> None:
 def test_the_gradient_of_momentum(tmp_path: Path) -> None:
     make = KINDS["SGD with momentum"]
     model, optimizer, _ = train(make, 3)
-    save(tmp_path / "3", model, optimizer)
+    save(tmp_path / "3", model, optimizer, global_step=3)
+    save(tmp_path / "uncounted", model, optimizer)
     gradient = step(model, optimizer)
-    save(tmp_path / "4", model, optimizer)
+    save(tmp_path / "4", model, optimizer, global_step=4)
+    for before, said in (("uncounted", "do not say how many steps"), ("4", "is at step 4 and")):
+        with pytest.raises(NothingToCompare, match=said):
+            paramdiff.adam(tmp_path / before, tmp_path / "4", gradient=True)
     found = rows(paramdiff.adam(tmp_path / "3", tmp_path / "4", weights=tmp_path / "3"), "second")
     for name, g in gradient.items():
         assert found[name]["grad_norm"] == pytest.approx(np.linalg.norm(g), rel=1e-5)
@@ -474,3 +479,30 @@ def test_a_moment_of_zero_without_epsilon_makes_no_step(tmp_path: Path) -> None:
     bins = found.tables["histograms"].filter((pl.col("name") == "lm_head.weight") & (pl.col("histogram") == "log10_eff_lr"))
     assert bins.filter(pl.col("lower") == math.inf)["count"].to_list() == [8]  # no bound on the rate without ε
     assert row["eff_lr_p99"] == math.inf
+
+
+def test_the_gradient_of_a_coarse_first_moment(tmp_path: Path) -> None:
+    """m in bf16, v in float32: the check allows for the coarser of both."""
+    model, optimizer, _ = train(adamw, 3)
+
+    def coarse(where: Path) -> None:
+        save(where, model, optimizer)
+        kept = optimizer.state_dict()
+        kept["state"] = {n: {**s, "exp_avg": s["exp_avg"].bfloat16()} for n, s in kept["state"].items()}
+        torch.save(kept, where / "optimizer.pt")
+
+    coarse(tmp_path / "3")
+    gradient = step(model, optimizer)
+    coarse(tmp_path / "4")
+    found = rows(paramdiff.adam(tmp_path / "3", tmp_path / "4", gradient=True), "second")
+    for name, g in gradient.items():
+        assert found[name]["grad_norm"] == pytest.approx(np.linalg.norm(g), rel=0.2)
+
+
+def test_rates_that_differ_are_named(tmp_path: Path) -> None:
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        named = list(parameters)
+        return torch.optim.AdamW([{"params": named[:3], "lr": 1e-2}, {"params": named[3:], "lr": 1e-4}])
+
+    done = run("adam", save(tmp_path / "c", *train(make, 2)[:2]))
+    assert "learning rates 0.0001 to 0.01" in done.stdout
