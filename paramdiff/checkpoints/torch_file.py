@@ -186,7 +186,7 @@ def _read_zip(path: str, files: Files, file: int, offset: int, length: int, seen
     storages = {}
     for name, info in members.items():
         if name.startswith(f"{root}data/"):
-            start = _member(files, file, info, offset, offset + length)
+            start = member_start(files, file, info, offset, offset + length)
             storages[name.removeprefix(f"{root}data/")] = start, info.file_size
     return seen[data], storages
 
@@ -209,8 +209,11 @@ def _of_script(module: Any) -> dict[str, StoredTensor]:
     raise ValueError("its modules hold one another without end")
 
 
-def _member(files: Files, file: int, info: zipfile.ZipInfo, offset: int, end: int) -> int:
-    """Where a member's data begin: after its local header, whose lengths may differ from the directory's."""
+def member_start(files: Files, file: int, info: zipfile.ZipInfo, offset: int, end: int) -> int:
+    """Where the data of an archive's member begin: after its local header, whose lengths may differ from the directory's.
+
+    The archive is bytes `offset` to `end` of the file. Raises `ValueError`.
+    """
     header = files.read(file, offset + info.header_offset, 30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise ValueError(f"its member {info.filename[:80]} is not where the directory says")

@@ -22,7 +22,16 @@ from paramdiff.checkpoints.base import Located, check_name
 from paramdiff.checkpoints.files import Files, Region
 from paramdiff.checkpoints.locate import read_config
 from paramdiff.checkpoints.pickles import Opaque, StoredTensor
-from paramdiff.checkpoints.torch_file import Entry, Storages, TorchTensors, entry_of, find_weights, read_archive, read_file
+from paramdiff.checkpoints.torch_file import (
+    Entry,
+    Storages,
+    TorchTensors,
+    entry_of,
+    find_weights,
+    member_start,
+    read_archive,
+    read_file,
+)
 from paramdiff.errors import BrokenFile, CheckpointError, NotFound, UnsupportedFormat
 from paramdiff.optimizers import eight_bit, orders
 from paramdiff.optimizers.kinds import MOMENTS
@@ -50,7 +59,7 @@ def open(ref: str, path: str, key: str | None) -> OptimizerState:
         content, storages = read_file(files, file)
         state, where = _choose(dict(_states(content)), path, key)
         open_weights = partial(_open_weights, path, nested=bool(where))
-        return of_state_dict(
+        return _of_state_dict(
             ref, state, files, file, storages, path, "torch",
             orders=partial(_orders, path, open_weights), open_weights=open_weights,
         )  # fmt: skip
@@ -59,7 +68,7 @@ def open(ref: str, path: str, key: str | None) -> OptimizerState:
         raise
 
 
-def of_state_dict(
+def _of_state_dict(
     ref: str,
     state: Mapping[str, Any],
     files: Files,
@@ -72,14 +81,14 @@ def of_state_dict(
     open_weights: Callable[[], Checkpoint] | None,
 ) -> OptimizerState:
     """The state of one optimizer, from its `state_dict()`. `orders` gives candidates for the order of its parameters."""
-    held = flattened(state["state"], path)
+    held = _flattened(state["state"], path)
     groups = [settings(group, files, file, storages, path) for group in state["param_groups"]]
     numbers = _numbers(state["param_groups"], path)
     strays = [key for key in held if key not in {number for group in numbers for number in group}]
     if strays:
         raise BrokenFile(f"{path} holds state of a parameter {strays[0]!r} that no group lists.")
     shapes = {number: shape for number, value in held.items() if (shape := _shape(value)) is not None}
-    named, naming = names_of(state["param_groups"], numbers, shapes, orders, path)
+    named, naming = _names_of(state["param_groups"], numbers, shapes, orders, path)
     entries: dict[str, dict[str, Entry]] = {}
     parameters = []
     for group, members in enumerate(numbers):
@@ -95,7 +104,7 @@ def of_state_dict(
                     )
                 if isinstance(slot, str) and isinstance(value, StoredTensor) and slot not in SCALARS:
                     entries.setdefault(slot, {})[name] = entry_of(name, value, file, storages, path)
-            steps = steps_of(kept, state["param_groups"][group], files, file, storages, path)
+            steps = _steps_of(kept, state["param_groups"][group], files, file, storages, path)
             slots = tuple(slot for slot in kept if slot in entries and name in entries[slot])
             parameters.append(Parameter(name, group, steps, slots, shapes.get(key)))
     stored = {slot: TorchTensors(ref, files, found) for slot, found in entries.items()}
@@ -105,7 +114,7 @@ def of_state_dict(
     )
 
 
-def flattened(held: Any, path: str) -> dict[Any, dict[str, Any]]:
+def _flattened(held: Any, path: str) -> dict[Any, dict[str, Any]]:
     """State by number or name, with what bitsandbytes nests put beside the rest."""
     if not isinstance(held, Mapping):
         raise BrokenFile(f"{path} holds optimizer state that is no mapping.")
@@ -133,7 +142,7 @@ def _numbers(groups: Any, path: str) -> list[list[Any]]:
     return numbers
 
 
-def names_of(
+def _names_of(
     groups: Sequence[Mapping[str, Any]],
     numbers: Sequence[Sequence[Any]],
     shapes: Mapping[Any, Shape],
@@ -168,7 +177,7 @@ def settings(group: Mapping[str, Any], files: Files, file: int, storages: Storag
     return plain
 
 
-def steps_of(
+def _steps_of(
     kept: Mapping[str, Any], group: Mapping[str, Any], files: Files, file: int, storages: Storages, path: str
 ) -> tuple[int, int] | None:
     """How many steps a parameter has taken: its own count, else its group's (Apex, Transformer Engine)."""
@@ -266,8 +275,7 @@ def _archives(path: str, files: Files, file: int) -> dict[str, tuple[int, int]]:
         with zipfile.ZipFile(Region(files, file, 0, files.size(file))) as archive:
             for info in archive.infolist():
                 if info.filename.endswith(".pth") and info.compress_type == zipfile.ZIP_STORED and "/" not in info.filename:
-                    with archive.open(info) as member:
-                        found[info.filename] = int(member._orig_compress_start), info.file_size  # type: ignore[attr-defined]
+                    found[info.filename] = member_start(files, file, info, 0, files.size(file)), info.file_size
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError):
         return {}
     return found
@@ -304,7 +312,7 @@ def _of_archives(
         finally:
             weights.close()
 
-    return of_state_dict(
+    return _of_state_dict(
         ref, state, files, file, storages, path, "torch", orders=candidates,
         open_weights=open_weights if "policy.pth" in inner else None,
     )  # fmt: skip
