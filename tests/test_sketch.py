@@ -113,7 +113,8 @@ def test_leading_values_that_stand_out_are_found_to_a_thousandth(shape: tuple[in
 def test_a_matrix_of_low_rank_is_found_exactly(shape: tuple[int, int], rank: int, dtype: type) -> None:
     sigma = np.linspace(3.0, 1.0, rank)
     found = sketch.of_matrix(with_spectrum(np.random.default_rng(rank), shape, sigma).astype(dtype))
-    exact = 1e-6 if dtype == np.float32 else 1e-13
+    # Rounding of float32 sums of thousands of terms, which are added in another order on another processor.
+    exact = 5e-6 if dtype == np.float32 else 1e-13
     assert found.sigma[:rank] == pytest.approx(sigma, rel=exact)
     assert found.sigma[rank:].max(initial=0.0) <= 3 * exact
     assert found.sigma_error <= 10 * exact
