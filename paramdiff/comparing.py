@@ -126,6 +126,7 @@ def _diff(alignment: Alignment, result: Collected, asked: dict[str, Any]) -> Dif
         "base": base.facts(),
         "tuned": tuned.facts(),
         "options": asked | {"device": result.device},
+        "same_file": sum(tensor.same_file for tensor in alignment.tensors),
         "warnings": [*base.warnings, *tuned.warnings, *_quantisation(alignment)],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "started": result.started.isoformat(timespec="seconds"),

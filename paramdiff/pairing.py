@@ -34,7 +34,8 @@ class Aligned:
 
     `shape` is what is compared (the common part), `rows` × `cols` its matrix view: a matrix as it is, a stack of expert
     matrices as (experts · out, in), another tensor of three or more dimensions, such as a convolution, as (out, rest),
-    anything else as one row. `duplicate_of` names the parameter that this one is tied to; roll-ups skip it.
+    anything else as one row. `duplicate_of` names the parameter that this one is tied to; roll-ups skip it. `same_file`:
+    both sides are the same bytes of files with the same hash, so that one is read.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Aligned:
     rule: str
     compute: Compute
     duplicate_of: str | None = None
+    same_file: bool = False
 
     @property
     def numel(self) -> int:
@@ -290,7 +292,9 @@ def _pair(
                 longer.numel - math.prod(shape),
             )
         )
-    plan.tensors.append(Aligned(name, infos, shape, rule, compute))
+    contents = [checkpoint.content(info.name) for checkpoint, info in zip(plan.checkpoints, infos, strict=True)]
+    same_file = contents[0] is not None and contents[0] == contents[1] and (a.dtype, a.shape) == (b.dtype, b.shape)
+    plan.tensors.append(Aligned(name, infos, shape, rule, compute, same_file=same_file))
     if a.codes and b.codes and a.stored == b.stored and a.codes.shape == b.codes.shape and a.shape == shape:
         codes = compute_type(a.codes.type, b.codes.type)
         assert codes is not None

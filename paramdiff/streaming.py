@@ -89,7 +89,7 @@ def spans(alignment: Alignment, block: int = BLOCK, span_bytes: int = SPAN_BYTES
     for index in order:
         tensor = alignment.tensors[index]
         grid = Grid(tensor.rows, tensor.cols, block)
-        bytes_per_element = sum(side.bits_read for side in tensor.sides) / 8
+        bytes_per_element = sum(side.bits_read for side in tensor.sides[: 1 if tensor.same_file else None]) / 8
         step = max(1, int(span_bytes * 8 / sum(side.type.bits for side in tensor.sides) / block))
         for first in range(0, len(grid), step):
             last = min(first + step, len(grid))
@@ -116,6 +116,42 @@ def effort(tensor: Aligned) -> int:
 
 def _place_on_disk(alignment: Alignment, index: int) -> tuple[int, int]:
     return alignment.checkpoints[0].position(alignment.tensors[index].sides[0].name)
+
+
+BATCH = 64 << 20  # bytes of all sides that are announced together, where a side is read over a network
+
+
+def batches(alignment: Alignment, work: Sequence[Span]) -> list[list[Span]]:
+    """Spans that one worker does one after the other. Over a network those that lie together, so that neighbours are fetched
+    in one request; else each by itself."""
+    if all(checkpoint.is_local for checkpoint in alignment.checkpoints):
+        return [[span] for span in work]
+    found: list[list[Span]] = []
+    room = 0
+    for span in work:
+        if not found or room < span.nbytes:
+            found.append([])
+            room = BATCH
+        found[-1].append(span)
+        room -= span.nbytes
+    return found
+
+
+def announce(alignment: Alignment, work: Sequence[Span], block: int = BLOCK) -> None:
+    """Tell every checkpoint which bytes these spans will read."""
+    for number, checkpoint in enumerate(alignment.checkpoints):
+        if checkpoint.is_local:
+            continue
+        parts = []
+        for span in work:
+            tensor = alignment.tensors[span.tensor]
+            if number and tensor.same_file:
+                continue
+            side, grid = tensor.sides[number], Grid(tensor.rows, tensor.cols, block)
+            first, last = grid[span.first], grid[span.last - 1]
+            end = ((last.start + last.numel) * side.type.bits + 7) // 8
+            parts.append((side.name, first.start * side.type.bits // 8, end))
+        checkpoint.announce(parts)
 
 
 class Room(Protocol):
@@ -149,10 +185,14 @@ def windows(
 
 def read_window(alignment: Alignment, tensor: Aligned, window: Window, buffers: Room) -> list[Array]:
     """The stored bytes of one window, one uint8 array for each side."""
-    raw = []
+    raw: list[Array] = []
     for number, (checkpoint, side) in enumerate(zip(alignment.checkpoints, tensor.sides, strict=True)):
         # Packed types are never split by rows, and BLOCK is a multiple of 4 elements: offsets are whole bytes.
         buffer = buffers.take(number, (window.numel * side.type.bits + 7) // 8)
+        if number and tensor.same_file:
+            buffer[:] = raw[0]
+            raw.append(buffer)
+            continue
         checkpoint.read_into(side.name, window.start * side.type.bits // 8, memoryview(buffer))
         raw.append(buffer)
     return raw

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from paramdiff_cli import adam, inspect, layers, rank, sink, sparsity, subspace
+from paramdiff_cli import adam, inspect, layers, plan, published, rank, sink, sparsity, subspace
 
 app = typer.Typer(
     name="paramdiff",
@@ -53,7 +53,17 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for command in (sparsity.sparsity, layers.layers, rank.rank, subspace.subspace, adam.adam, inspect.inspect):
+COMMANDS = (
+    sparsity.sparsity,
+    layers.layers,
+    rank.rank,
+    subspace.subspace,
+    adam.adam,
+    inspect.inspect,
+    plan.plan,
+    published.published,
+)
+for command in COMMANDS:
     app.command(command.__name__)(guarded(command))
 
 

@@ -29,6 +29,9 @@ Map = Annotated[
         "--map", help="Rename parameters before pairing, on both sides: a regex and its replacement.", metavar="OLD=NEW"
     ),
 ]
+Download = Annotated[
+    bool, typer.Option("--download", help="Put models of the Hub into the local cache first, instead of streaming them.")
+]
 Out = Annotated[str | None, typer.Option("--out", help="Write all tables as Parquet, and run.json, into this directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no tables, progress or warnings.")]

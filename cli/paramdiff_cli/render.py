@@ -194,6 +194,10 @@ def ending(console: Console, diff: Diff, out: str | None) -> None:
     """What every comparison ends with: what was not compared, what it took, where the tables are."""
     for line in coverage(diff):
         console.print(line, soft_wrap=True)
+    if diff.run.get("same_file"):
+        console.print(
+            f"{diff.run['same_file']} tensors lie in files that are the same on both sides, by their hash: read once"
+        )
     console.print(cost(diff), soft_wrap=True)
     if out is not None:
         console.print(plain(f"Tables written to {out}"), soft_wrap=True)

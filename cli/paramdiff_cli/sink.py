@@ -100,10 +100,19 @@ def progress_bar(quiet: bool, doing: str = "comparing") -> Iterator[Callable[[in
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def compared(base: str, tuned: str, *, quiet: bool, out: str | None, **options: Any) -> Diff:
+def compared(base: str, tuned: str, *, quiet: bool, out: str | None, download: bool = False, **options: Any) -> Diff:
     """Compare as the options say, with progress and warnings, and save where asked to."""
     import paramdiff
 
+    if download:
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        from paramdiff.checkpoints import hub
+
+        if quiet or not sys.stderr.isatty():
+            disable_progress_bars()
+        for ref in (base, tuned):
+            hub.download(ref)
     with progress_bar(quiet) as progress:
         diff = paramdiff.compare(base, tuned, progress=progress, **options)
     if not quiet:

@@ -15,7 +15,6 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from paramdiff.arrays import Array, numpy_arrays
 from paramdiff.checkpoints import safetensors, torch_file
 from paramdiff.checkpoints.base import Checkpoint, Located, TensorInfo
 from paramdiff.checkpoints.derived import Derived
+from paramdiff.checkpoints.places import Place, place, read_small
 from paramdiff.dtypes import patterns, values
 from paramdiff.errors import BrokenFile, PairingError, UnsupportedFormat
 
@@ -64,7 +64,7 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
     Raises `UnsupportedFormat` for what is no plain LoRA, `BrokenFile`.
     """
     path = located.files[0]
-    settings = _settings(Path(located.directory) / "adapter_config.json")
+    settings = _settings(place(located.directory) / "adapter_config.json")
     container = safetensors if path.endswith(".safetensors") else torch_file
     stored: Checkpoint = container.open(ref, located, config, key)
     try:
@@ -74,9 +74,9 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
         raise
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Place) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_bytes()[:10_000_000].decode("utf-8"))
+        settings = json.loads(read_small(path, 10_000_000).decode("utf-8"))
         if not isinstance(settings, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError, RecursionError) as error:

@@ -73,6 +73,19 @@ class Checkpoint(Protocol):
         """
         ...
 
+    @property
+    def is_local(self) -> bool:
+        """False where some of it is read over a network."""
+        ...
+
+    def content(self, name: str) -> tuple[str, int] | None:
+        """(hash of the file that holds a tensor, where in it), the same for the same bytes; None where it is not known."""
+        ...
+
+    def announce(self, parts: Iterable[tuple[str, int, int]]) -> None:
+        """Say which bytes, (tensor, first byte, end), will be read next, so that they can be fetched. Changes no result."""
+        ...
+
     def position(self, name: str) -> tuple[int, int]:
         """(file, byte) at which a tensor starts, so that readers can follow the order on disk."""
         ...

@@ -8,9 +8,9 @@ tells the parameter's name from what it was put under.
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from paramdiff.checkpoints.base import Located, TensorInfo, check_name
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pickles import Opaque, StoredTensor
 from paramdiff.checkpoints.pieces import Assembled, Entry, Piece, assemble
+from paramdiff.checkpoints.places import place, read_small
 from paramdiff.checkpoints.torch_file import NESTS, NOT_WEIGHTS, Storages, entry_of, read_archive
 from paramdiff.dtypes import DTYPES
 from paramdiff.errors import BrokenFile, UnsupportedFormat
@@ -56,7 +57,7 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
 
     Raises `BrokenFile`, or `UnsupportedFormat` for compressed parts and types that are not read.
     """
-    where = str(Path(located.files[0]).parent)
+    where = str(place(located.files[0]).parent)
     metadata = read_metadata(located.files[0])
     chosen, said = _weights(metadata.tensors, where, key)
     files = Files()
@@ -81,10 +82,7 @@ class Metadata:
 def read_metadata(path: str) -> Metadata:
     """Read a file `.metadata`. Raises `BrokenFile` or `UnsupportedFormat`."""
     try:
-        with builtins.open(path, "rb") as file:
-            data = file.read(pickles.MAX_BYTES + 1)
-        if len(data) > pickles.MAX_BYTES:
-            raise ValueError(f"it is over {pickles.MAX_BYTES:,} bytes long")
+        data = read_small(place(path), pickles.MAX_BYTES)
         metadata = pickles.attributes(pickles.load(data), "Metadata")
         planned = metadata.get("planner_data")
         paths = planned if isinstance(planned, Mapping) else {}
@@ -131,8 +129,8 @@ def _path(key: Any, path: Any) -> tuple[Any, ...]:
 
 def _records(storage: Any) -> dict[tuple[str, tuple[int, ...] | None], Record]:
     records = {}
-    for index, place in storage.items():
-        which, where = pickles.attributes(index, "MetadataIndex"), pickles.attributes(place, "_StorageInfo")
+    for index, stored in storage.items():
+        which, where = pickles.attributes(index, "MetadataIndex"), pickles.attributes(stored, "_StorageInfo")
         offset = which.get("offset")
         name, start, length = where["relative_path"], where["offset"], where["length"]
         if where.get("transform_descriptors"):
@@ -221,7 +219,7 @@ class Parts:
             at = "" if offset is None else f", the one at {list(offset)}"
             raise BrokenFile(f"{self._where} lacks a part of {key!r}{at}.", hint="Copy it again.")
         if record.name not in self._numbers:
-            self._numbers[record.name] = self._files.add(str(Path(self._where) / record.name))
+            self._numbers[record.name] = self._files.add(fspath(place(self._where) / record.name))
         file = self._numbers[record.name]
         content, storages = read_archive(self._files, file, record.offset, record.length, self._seen)
         return content, storages, file, f"{self._files.paths[file]} at byte {record.offset:,}"

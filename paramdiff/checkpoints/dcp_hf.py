@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 from paramdiff.checkpoints.base import Located, TensorInfo
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pieces import Assembled, Piece, assemble
+from paramdiff.checkpoints.places import place
 from paramdiff.checkpoints.safetensors import SHARDING_INFO, read_header, refuse_key
 from paramdiff.errors import BrokenFile
 
@@ -28,7 +28,7 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
     """
     refuse_key(ref, key)
     where = located.directory if len(located.files) > 1 else located.files[0]
-    _check_complete([Path(path).name for path in located.files], str(Path(located.files[0]).parent))
+    _check_complete([place(path).name for path in located.files], str(place(located.files[0]).parent))
     files = Files()
     pieces: dict[str, list[Piece]] = {}
     types: dict[str, str] = {}

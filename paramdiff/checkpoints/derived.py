@@ -36,6 +36,15 @@ class View:
     def sources(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for name, _, _ in self.extents))
 
+    def stored(self, start: int, end: int) -> Iterable[tuple[str, int, int]]:
+        """(source, first byte, end) of bytes `start` to `end`."""
+        at = 0
+        for name, first, length in self.extents:
+            low, high = max(at, start), min(at + length, end)
+            if low < high:
+                yield name, first + low - at, first + high - at
+            at += length
+
     def read_into(self, source: Checkpoint, offset: int, buffer: memoryview) -> None:
         at, end = 0, offset + len(buffer)
         for name, start, length in self.extents:
@@ -87,6 +96,23 @@ class Derived:
             self._source.read_into(self._codes[name].sources[0], offset, buffer)
         else:
             self._source.read_into(name, offset, buffer)
+
+    @property
+    def is_local(self) -> bool:
+        return all(checkpoint.is_local for checkpoint in (self._source, *self._also))
+
+    def content(self, name: str) -> tuple[str, int] | None:
+        return None if name in self._made or name in self._codes else self._source.content(name)
+
+    def announce(self, parts: Iterable[tuple[str, int, int]]) -> None:
+        stored: list[tuple[str, int, int]] = []
+        for name, start, end in parts:
+            made = self._made.get(name)
+            if made is None and name not in self._codes:
+                stored.append((name, start, end))
+            elif isinstance(made, View):
+                stored += made.stored(start, end)  # of others, which bytes they take is theirs to know
+        self._source.announce(stored)
 
     def sources(self, name: str) -> tuple[str, ...]:
         """The stored tensors that one is made from: itself, or others."""

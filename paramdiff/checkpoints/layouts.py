@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from os import fspath
 
 from paramdiff.checkpoints.base import Located
-from paramdiff.errors import BrokenFile, UnsupportedFormat
+from paramdiff.checkpoints.places import Place, read_small
+from paramdiff.errors import BrokenFile, CheckpointError, UnsupportedFormat
 
 RANK_FILE = re.compile(r"model_world_size_(?P<size>\d+)_rank_(?P<rank>\d+)\.pt")
 ZERO_FILE = re.compile(r".*_optim_states\.pt")
@@ -24,7 +25,7 @@ DEEPEST = 4  # directories within directories that are looked into
 MAX_TAG_BYTES = 200  # of DeepSpeed's file `latest`, which names a directory
 
 
-def recognise(path: Path, names: list[str]) -> Located | None:
+def recognise(path: Place, names: list[str]) -> Located | None:
     """The checkpoint of many ranks that lies in this directory itself, or None.
 
     Raises `BrokenFile` for incomplete ones, `UnsupportedFormat` for kinds that are known but not read.
@@ -37,7 +38,7 @@ def recognise(path: Path, names: list[str]) -> Located | None:
                 f"{path} holds {kind} ({len(parts)} of them), which this version does not read.", hint=way_out
             )
     if ".metadata" in names:
-        return Located([str(path / ".metadata")], _config_near(path), "dcp")
+        return Located([fspath(path / ".metadata")], _config_near(path), "dcp")
     if any(name.endswith(".distcp") for name in names):
         raise BrokenFile(
             f"{path} holds .distcp files but no .metadata, which is written last: the save was cut short.",
@@ -45,18 +46,19 @@ def recognise(path: Path, names: list[str]) -> Located | None:
         )
     ranks = [match for name in names if (match := RANK_FILE.fullmatch(name))]
     if ranks:
-        return Located([str(path / name) for name in all_ranks(path, ranks)], _config_near(path), "ranks")
+        return Located([fspath(path / name) for name in all_ranks(path, ranks)], _config_near(path), "ranks")
     shards = [name for name in names if DCP_HF_FILE.fullmatch(name)]
     if shards:
-        return Located([str(path / name) for name in shards], _config_near(path), "dcp_hf")
+        return Located([fspath(path / name) for name in shards], _config_near(path), "dcp_hf")
     if any(ZERO_FILE.fullmatch(name) for name in names):
-        return Located([str(path / name) for name in names if name.endswith("_states.pt")], _config_near(path), "zero")
+        return Located([fspath(path / name) for name in names if name.endswith("_states.pt")], _config_near(path), "zero")
     if "zero" in (entry.name for entry in path.iterdir() if entry.is_dir()) and any(path.glob("zero/*/fp32.pt")):
-        return Located([str(file) for file in sorted(path.glob("zero/*/fp32.pt"))], _config_near(path), "universal")
+        files = sorted(map(fspath, path.glob("zero/*/fp32.pt")))
+        return Located(files, _config_near(path), "universal")
     return None
 
 
-def all_ranks(path: Path, ranks: list[re.Match[str]]) -> list[str]:
+def all_ranks(path: Place, ranks: list[re.Match[str]]) -> list[str]:
     """The names of rank files in the order of ranks. Raises `BrokenFile` where one is missing."""
     sizes = sorted({int(match["size"]) for match in ranks})
     if len(sizes) > 1:
@@ -77,15 +79,15 @@ def all_ranks(path: Path, ranks: list[re.Match[str]]) -> list[str]:
     return [by_rank[rank] for rank in range(sizes[0])]
 
 
-def _config_near(path: Path) -> str:
+def _config_near(path: Place) -> str:
     """The directory whose config.json describes these weights: their own, `huggingface` within, or those above."""
     for directory in (path, path / "huggingface", path.parent, path.parent / "huggingface"):
         if (directory / "config.json").is_file():
-            return str(directory)
-    return str(path)
+            return fspath(directory)
+    return fspath(path)
 
 
-def inside(path: Path, depth: int = 0) -> tuple[Path, list[str]] | None:
+def inside(path: Place, depth: int = 0) -> tuple[Place, list[str]] | None:
     """The directory below that holds the weights of this step, and the names of others beside it, or None."""
     if depth >= DEEPEST:
         return None
@@ -100,20 +102,19 @@ def inside(path: Path, depth: int = 0) -> tuple[Path, list[str]] | None:
     return None
 
 
-def tags(path: Path, below: list[str]) -> list[str]:
+def tags(path: Place, below: list[str]) -> list[str]:
     """DeepSpeed's directory within: the one that `latest` names, else the only one that there is."""
     try:
-        with open(path / "latest", "rb") as file:
-            tag = file.read(MAX_TAG_BYTES + 1).decode("utf-8").strip()
-        if len(tag) < MAX_TAG_BYTES and tag in below:
+        tag = read_small(path / "latest", MAX_TAG_BYTES).decode("utf-8").strip()
+        if tag in below:
             return [tag]
-    except (OSError, ValueError):
+    except (OSError, ValueError, CheckpointError):
         pass
     found = [name for name in below if any(ZERO_FILE.fullmatch(entry.name) for entry in (path / name).iterdir())]
     return found if len(found) == 1 else []
 
 
-def holds_weights(path: Path, depth: int = 0) -> bool:
+def holds_weights(path: Place, depth: int = 0) -> bool:
     """True for a directory that could be read, itself or through one of those within."""
     from paramdiff.checkpoints.locate import FAMILIES
 
@@ -126,7 +127,7 @@ def holds_weights(path: Path, depth: int = 0) -> bool:
         return True  # that is where the error should come from
 
 
-def newest(path: Path) -> str | None:
+def newest(path: Place) -> str | None:
     """The sub-directory of the latest step (`checkpoint-500`, `global_step_40`, …), or None."""
     steps = [match for entry in path.iterdir() if entry.is_dir() and (match := STEP.fullmatch(entry.name))]
     return max(steps, key=lambda match: int(match["number"])).string if steps else None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from os import fspath
 from pathlib import Path
 from typing import Any
 
-from paramdiff.checkpoints import layouts
+from paramdiff.checkpoints import hub, layouts
 from paramdiff.checkpoints.base import Located
+from paramdiff.checkpoints.places import Place, place, read_small
 from paramdiff.errors import BrokenFile, CheckpointError, NotFound, UnsupportedFormat
 
 
@@ -61,13 +63,11 @@ def locate(ref: str) -> Located:
     Raises `NotFound`, `UnsupportedFormat` or `BrokenFile`.
     """
     try:
-        path = Path(ref).expanduser()
+        path = place(ref)
         if path.is_dir():
             return _directory(ref, path)
         if not path.exists():
-            raise _no_such_path(ref)
-    except RuntimeError as error:
-        raise NotFound(f"No such path: {ref} (there is no such user).") from error
+            raise _no_such_path(ref if isinstance(path, Path) else str(path))
     except OSError as error:  # a parent that may not be searched, a name that is too long
         raise NotFound(f"Cannot look at {ref}: {error.strerror}.") from error
     if (
@@ -75,12 +75,12 @@ def locate(ref: str) -> Located:
     ):  # parts of the directory, which is what was meant
         return _directory(ref, path.parent)
     if path.name.startswith("adapter_model.") and (path.parent / "adapter_config.json").exists():
-        return Located([str(path)], str(path.parent), "adapter")
+        return Located([fspath(path)], fspath(path.parent), "adapter")
     for family in FAMILIES:
         if path.name.endswith(family.index):
             return _from_index(path, family)
         if path.suffix in family.suffixes and not _kind_of(path):
-            return Located([str(path)], str(path.parent), family.format)
+            return Located([fspath(path)], fspath(path.parent), family.format)
     raise UnsupportedFormat(
         f"{ref} is {_kind_of(path) or 'neither a safetensors nor a torch file'}, which this version does not read.",
         hint="Give a .safetensors, .bin, .pt or .pth file, an index of such files or the directory that holds them.",
@@ -90,36 +90,24 @@ def locate(ref: str) -> Located:
 def read_config(directory: str) -> dict[str, Any] | None:
     """config.json beside the weights, or None: it is a help in pairing, never a condition."""
     try:
-        config = _read_json(Path(directory) / "config.json")
-    except (OSError, ValueError, RecursionError):
+        config = _read_json(place(directory) / "config.json")
+    except (OSError, ValueError, RecursionError, NotFound):
         return None
     return config if isinstance(config, dict) else None
 
 
-def _read_json(path: Path) -> Any:
-    """A JSON file of bounded size; not a pipe, which would hang, nor a device."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is not a regular file")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"it is over {MAX_JSON_BYTES:,} bytes long")
-    return json.loads(path.read_text(encoding="utf-8"))
+def _read_json(path: Place) -> Any:
+    """A JSON file of bounded size."""
+    return json.loads(read_small(path, MAX_JSON_BYTES).decode("utf-8"))
 
 
 def _no_such_path(ref: str) -> CheckpointError:
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref) and not ref.startswith("."):
-        return NotFound(
-            f"No such path: {ref}.",
-            hint=f"If it is a Hub id: this version reads local files only, so run `{_download(ref)}` first.",
-        )
+    if hub.looks_like(ref):  # beside others that are there
+        return NotFound(f"No such path: {ref}.", hint=f"If it is a model on the Hub, write {hub.SCHEME}{ref}.")
     return NotFound(f"No such path: {ref}.", hint="Give a checkpoint's directory or one of its files.")
 
 
-def _download(ref: str) -> str:
-    repository, _, revision = ref.partition("@")
-    return f"hf download {repository}" + (f" --revision {revision}" if revision else "")
-
-
-def _directory(ref: str, path: Path) -> Located:
+def _directory(ref: str, path: Place) -> Located:
     names = sorted(entry.name for entry in path.iterdir() if not entry.is_dir())
     distributed = layouts.recognise(path, names)
     if distributed is not None:
@@ -135,19 +123,19 @@ def _directory(ref: str, path: Path) -> Located:
             located.warnings.append(f"{path}: {within[0].name}/ ignored; it may hold the same weights with more digits.")
         return located
     if adapter and "adapter_config.json" in names:
-        return Located([str(path / adapter)], str(path), "adapter")
+        return Located([fspath(path / adapter)], str(path), "adapter")
     within = layouts.inside(path)
     if within is None:
         raise _nothing_in(ref, path, names)
     chosen, others = within
-    located = _directory(str(chosen), chosen)
+    located = _directory(fspath(chosen), chosen)
     if others:
         aside = ", ".join(f"{name}/" for name in others[:4])
         located.warnings.append(f"{path}: {chosen.name}/ is read, not {aside}.")
     return located
 
 
-def _pick(ref: str, path: Path, family: Family, names: list[str]) -> Located:
+def _pick(ref: str, path: Place, family: Family, names: list[str]) -> Located:
     weights, indices = family.weights(names), family.indices(names)
     for stem in family.stems:
         for suffix in family.suffixes:
@@ -163,7 +151,7 @@ def _pick(ref: str, path: Path, family: Family, names: list[str]) -> Located:
     return _without_index(ref, path, weights, family)
 
 
-def _without_index(ref: str, path: Path, weights: list[str], family: Family) -> Located:
+def _without_index(ref: str, path: Place, weights: list[str], family: Family) -> Located:
     sets: dict[tuple[str, int], dict[int, str]] = {}
     for name in weights:
         if match := SHARD.fullmatch(name):
@@ -188,7 +176,7 @@ def _without_index(ref: str, path: Path, weights: list[str], family: Family) -> 
     return _chosen(path, weights, weights, family)
 
 
-def _from_index(index: Path, family: Family, weights: list[str] | None = None) -> Located:
+def _from_index(index: Place, family: Family, weights: list[str] | None = None) -> Located:
     try:
         content = _read_json(index)
         weight_map = content["weight_map"]
@@ -206,21 +194,21 @@ def _from_index(index: Path, family: Family, weights: list[str] | None = None) -
                 hint="Download it again.",
             )
     located = _chosen(index.parent, shards, weights or [], family)
-    located.shard_of = {tensor: str(index.parent / shard) for tensor, shard in weight_map.items()}
+    located.shard_of = {tensor: fspath(index.parent / shard) for tensor, shard in weight_map.items()}
     return located
 
 
-def _chosen(directory: Path, files: list[str], weights: list[str], family: Family) -> Located:
+def _chosen(directory: Place, files: list[str], weights: list[str], family: Family) -> Located:
     aside = [name for name in weights if name not in files]
     warnings = []
     if aside:
         listed = ", ".join(aside[:3]) + (f" and {len(aside) - 3} more" if len(aside) > 3 else "")
         used = files[0] if len(files) == 1 else f"the {len(files)} shards of the model"
         warnings.append(f"{directory}: {listed} ignored; {used} read.")
-    return Located([str(directory / name) for name in files], str(directory), family.format, warnings=warnings)
+    return Located([fspath(directory / name) for name in files], fspath(directory), family.format, warnings=warnings)
 
 
-def _nothing_in(ref: str, path: Path, names: list[str]) -> CheckpointError:
+def _nothing_in(ref: str, path: Place, names: list[str]) -> CheckpointError:
     newest = layouts.newest(path)
     if newest is not None:
         return NotFound(
@@ -241,5 +229,5 @@ def _nothing_in(ref: str, path: Path, names: list[str]) -> CheckpointError:
     return NotFound(f"{ref} is {'an empty directory' if not names else 'a directory without weights'}.")
 
 
-def _kind_of(path: Path) -> str | None:
+def _kind_of(path: Place) -> str | None:
     return next((kind for pattern, kind in OTHER_FORMATS.items() if path.match(pattern)), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +170,16 @@ class Assembled(OnFiles):
         self.ref, self.format, self.config, self.warnings = ref, kind, config, list(warnings)
         self._files, self._entries = files, entries
         self.tensors: Mapping[str, TensorInfo] = {name: entry.info for name, entry in entries.items()}
+
+    def content(self, name: str) -> tuple[str, int] | None:
+        return None  # of several files
+
+    def _stored(self, name: str, start: int, end: int) -> Iterable[tuple[int, int, int]]:
+        for strip in self._entries[name].strips:
+            if strip.at < end and strip.end > start:
+                first = max(0, (start - strip.at) // strip.pitch)
+                last = min(strip.count - 1, (end - 1 - strip.at) // strip.pitch)
+                yield strip.file, strip.start + first * strip.run, strip.start + (last + 1) * strip.run
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         end = offset + len(buffer)

@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from paramdiff.checkpoints import pickles
@@ -20,6 +19,7 @@ from paramdiff.checkpoints.base import Located, TensorInfo
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pickles import Opaque, StoredTensor
 from paramdiff.checkpoints.pieces import Assembled, Entry, Piece, assemble
+from paramdiff.checkpoints.places import place
 from paramdiff.checkpoints.torch_file import Storages, entry_of, read_file
 from paramdiff.errors import BrokenFile, UnsupportedFormat
 
@@ -48,7 +48,7 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
     """
     if key:
         raise UnsupportedFormat(f"{ref} names an entry, which rank files have not.", hint=f"Give {ref.partition('::')[0]}.")
-    where = str(Path(located.files[0]).parent)
+    where = str(place(located.files[0]).parent)
     files = Files()
     found: dict[str, list[Local]] = {}
     aside: dict[str, None] = {}

@@ -6,6 +6,7 @@ sizes are checked against the file before anything is read.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -15,7 +16,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,11 @@ class TorchTensors(OnFiles):
         if entry.stride is None:
             self._files.read_into(entry.file, entry.start + offset, buffer, name)
             return
+        if not self._files.are_local:
+            raise UnsupportedFormat(
+                f"Tensor {name!r} of {self.ref} is stored in an order that is not contiguous, which is not read over HTTP.",
+                hint="Use --download.",
+            )
         self.verify()  # a file cut short under a memory map would end the process
         size = entry.info.type.bits // 8
         whole = np.memmap(self._files.paths[entry.file], mode="r")[entry.start :]
@@ -123,7 +128,7 @@ def read_file(files: Files, file: int) -> tuple[Any, Storages]:
     begin = files.read(file, 0, 4)
     if begin[:1] == b"\x80":  # a pickle, of protocol 2 or later
         with _refusals(files.paths[file]):
-            return _read_legacy(files.paths[file], files.size(file))
+            return _read_legacy(files, file)
     if begin[:2] != b"PK":
         raise BrokenFile(f"{files.paths[file]} is no file of torch.save: it begins with {begin!r}.")
     return read_archive(files, file, 0, files.size(file))
@@ -224,9 +229,10 @@ def member_start(files: Files, file: int, info: zipfile.ZipInfo, offset: int, en
     return start
 
 
-def _read_legacy(path: str, size: int) -> tuple[Any, Storages]:
+def _read_legacy(files: Files, file: int) -> tuple[Any, Storages]:
     """Four pickles (magic number, version, facts about the system, the content), a list of storages, then their data."""
-    with Path(path).open("rb") as stream:
+    path, size = files.paths[file], files.size(file)
+    with io.BufferedReader(Region(files, file, 0, size)) as stream:
         if pickles.Reader(stream, size).load() != LEGACY_MAGIC:
             raise ValueError("it is a pickle, but not one of torch.save")
         pickles.Reader(stream, size).load()

@@ -9,10 +9,9 @@ less than its master, so they are read as in ZeRO's own checkpoints.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from os import fspath
 from typing import Any
 
 from paramdiff.checkpoints import zero
@@ -20,6 +19,7 @@ from paramdiff.checkpoints.base import Located, TensorInfo, check_name
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pickles import StoredTensor
 from paramdiff.checkpoints.pieces import Assembled, Entry, Piece, assemble
+from paramdiff.checkpoints.places import Place, matching, place
 from paramdiff.checkpoints.torch_file import entry_of, read_file
 from paramdiff.errors import BrokenFile, UnsupportedFormat
 
@@ -50,13 +50,13 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
         raise UnsupportedFormat(
             f"{ref} names an entry, which a universal checkpoint has not.", hint=f"Give {ref.partition('::')[0]}."
         )
-    where = Path(located.files[0]).parents[2]
+    where = place(located.files[0]).parents[2]
     files = Files()
     try:
         beside = beside_of(where, files)
         entries: dict[str, Entry] = {}
         for path in located.files:
-            name = Path(path).parent.name
+            name = place(path).parent.name
             if beside is None or (name not in beside.others and name not in beside.shared):
                 entries[name] = entry(name, path, files, beside)
         _check_complete(where, located.files, entries, beside)
@@ -97,22 +97,22 @@ def entry(name: str, path: str, files: Files, beside: Beside | None) -> Entry:
     return assemble(info, [Piece(file, part.start, (0,), (info.numel,))], path, shape=(info.numel,))
 
 
-def _check_complete(where: Path, found: Sequence[str], entries: Mapping[str, Entry], beside: Beside | None) -> None:
+def _check_complete(where: Place, found: Sequence[str], entries: Mapping[str, Entry], beside: Beside | None) -> None:
     """Raise `BrokenFile` for a parameter without fp32.pt."""
-    there = {Path(path).parent.name for path in found}
-    named = [entry.name for entry in os.scandir(where / "zero") if entry.is_dir()]
+    there = {place(path).parent.name for path in found}
+    named = [entry.name for entry in (where / "zero").iterdir() if entry.is_dir()]
     missing = sorted({*named, *(beside.shapes if beside else ())} - there - set(beside.shared if beside else ()))
     if missing:
         more = f" (and {len(missing) - 1} more are missing)" if len(missing) > 1 else ""
         raise BrokenFile(f"{where} lacks zero/{missing[0]}/fp32.pt{more}.", hint="Copy it again, or convert it again.")
 
 
-def beside_of(where: Path, files: Files) -> Beside | None:
+def beside_of(where: Place, files: Files) -> Beside | None:
     """What the model's state files say; None where there are none."""
-    paths = sorted(str(path) for path in where.glob("*_model_states.pt") if zero.MODEL.fullmatch(path.name))
+    paths = [fspath(path) for path in matching(where, "*_model_states.pt") if zero.MODEL.fullmatch(path.name)]
     if not paths:
         return None
-    whole = all(zero.MODEL.fullmatch(Path(path).name)["part"].strip("0") == "" for path in paths)  # type: ignore[index]
+    whole = all(zero.MODEL.fullmatch(place(path).name)["part"].strip("0") == "" for path in paths)  # type: ignore[index]
     paths = zero.in_order(paths, zero.MODEL, str(where)) if whole else paths[:1]
     try:
         states = [zero.open_state(path, files) for path in paths]
@@ -123,7 +123,7 @@ def beside_of(where: Path, files: Files) -> Beside | None:
             raise ValueError("shared parameters that are no mapping")
         if not whole or first.get("ds_autoep_layers") or first.get("autoep_layers"):
             return Beside(states[0], shapes, {}, [], groups, whole)  # of a model in parts: `zero/` holds all there is
-        others = dict(zero.frozen(states, 3 if "zero_pp" in Path(paths[0]).name else 2, str(where)))
+        others = dict(zero.frozen(states, 3 if "zero_pp" in place(paths[0]).name else 2, str(where)))
         rest, aside = zero.without_master(states[0], {*shapes, *others})
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise BrokenFile(

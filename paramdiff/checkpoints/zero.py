@@ -19,7 +19,6 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from paramdiff.checkpoints import pickles
@@ -27,6 +26,7 @@ from paramdiff.checkpoints.base import Located, TensorInfo, check_name, understo
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pickles import Opaque, StoredTensor
 from paramdiff.checkpoints.pieces import Assembled, Entry, Piece, assemble
+from paramdiff.checkpoints.places import place
 from paramdiff.checkpoints.torch_file import Storages, entry_of, read_file
 from paramdiff.errors import BrokenFile, UnsupportedFormat
 
@@ -106,7 +106,7 @@ def open(ref: str, located: Located, config: dict[str, Any] | None, key: str | N
         )
     files = Files()
     try:
-        with understood(str(Path(located.files[0]).parent), CONVERT):
+        with understood(str(place(located.files[0]).parent), CONVERT):
             tag = open_tag(located.files, files)
             entries, said = _entries(tag)
     except BaseException:
@@ -136,9 +136,9 @@ class Tag:
 
 def open_tag(paths: Sequence[str], files: Files) -> Tag:
     """Open all state files of a tag's directory. Raises as `open` does."""
-    where = str(Path(paths[0]).parent)
+    where = str(place(paths[0]).parent)
     for path in paths:
-        _check_kind(Path(path).name, where)
+        _check_kind(place(path).name, where)
     ranks, models = in_order(paths, OPTIMIZER, where), in_order(paths, MODEL, where)
     if not models:
         raise BrokenFile(f"{where} lacks the model_states files, which hold the shapes.", hint="Copy it again.")
@@ -176,7 +176,7 @@ def in_order(paths: Sequence[str], pattern: re.Pattern[str], where: str) -> list
     """The files of one kind in the order of ranks, none missing."""
     found: dict[int, str] = {}
     for path in paths:
-        match = pattern.fullmatch(Path(path).name)
+        match = pattern.fullmatch(place(path).name)
         if match is None:
             continue
         if int(match["part"]):
@@ -186,7 +186,7 @@ def in_order(paths: Sequence[str], pattern: re.Pattern[str], where: str) -> list
             )
         rank = int(match["rank"] or 0)
         if rank in found:
-            raise BrokenFile(f"{where} holds two files of rank {rank}: {Path(path).name} and {Path(found[rank]).name}.")
+            raise BrokenFile(f"{where} holds two files of rank {rank}: {place(path).name} and {place(found[rank]).name}.")
         found[rank] = path
     missing = next((rank for rank in range(len(found)) if rank not in found), None)
     if missing is not None:

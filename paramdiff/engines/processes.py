@@ -23,9 +23,9 @@ from paramdiff.errors import ParamdiffError
 from paramdiff.machine import cores
 from paramdiff.measures import Measure, Options, portable
 from paramdiff.pairing import Alignment
-from paramdiff.streaming import BLOCK, Span
+from paramdiff.streaming import BLOCK, Span, batches
 
-QUEUED = 2  # spans a worker holds: one in work, one so that it never waits for the parent
+QUEUED = 2  # batches a worker holds: one in work, one so that it never waits for the parent, or for a network
 
 
 def run(
@@ -45,22 +45,25 @@ def run(
     Raises `pickle.PicklingError`, `AttributeError` or `TypeError` where a measure of the user's own cannot travel.
     """
     setup = pickle.dumps((alignment, portable(measures), options, blas, block), protocol=pickle.HIGHEST_PROTOCOL)
-    pending = deque(work)
+    pending = deque(batches(alignment, work))
     done: queue.SimpleQueue[tuple[subprocess.Popen[bytes], Result | BaseException]] = queue.SimpleQueue()
-    crew = [_start(blas) for _ in range(min(workers or cores(), len(work)))]
+    crew = [_start(blas) for _ in range(min(workers or cores(), len(pending)))]
+    left: dict[subprocess.Popen[bytes], deque[int]] = {worker: deque() for worker in crew}  # spans of each batch it holds
     listeners = [threading.Thread(target=_listen, args=(worker, done), daemon=True) for worker in crew]
     try:
         for worker, listener in zip(crew, listeners, strict=True):
             listener.start()
             _send(worker, setup)
-            for _ in range(min(QUEUED, len(pending))):
-                _send(worker, pickle.dumps(pending.popleft()))
+            for _ in range(QUEUED):
+                _hand_over(worker, pending, left[worker])
         for _ in work:
             worker, result = next_of(done)
             if isinstance(result, BaseException):
                 raise result
-            if pending:
-                _send(worker, pickle.dumps(pending.popleft()))
+            left[worker][0] -= 1
+            if not left[worker][0]:
+                left[worker].popleft()
+                _hand_over(worker, pending, left[worker])
             yield result
     finally:
         for worker in crew:
@@ -85,6 +88,14 @@ def _start(blas: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _hand_over(worker: subprocess.Popen[bytes], pending: deque[list[Span]], left: deque[int]) -> None:
+    """Give a worker the next batch, if there is one."""
+    if pending:
+        batch = pending.popleft()
+        left.append(len(batch))
+        _send(worker, pickle.dumps(batch))
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:

@@ -17,7 +17,7 @@ from paramdiff.arrays import numpy_arrays
 from paramdiff.machine import cores
 from paramdiff.measures import Accumulator, Measure, Options, fold
 from paramdiff.pairing import Alignment
-from paramdiff.streaming import BLOCK, Buffers, Span, windows
+from paramdiff.streaming import BLOCK, Buffers, Span, announce, windows
 
 Result = tuple[Span, dict[str, Accumulator]]
 Results = Generator[Result, None, None]
@@ -37,6 +37,7 @@ def run(
 
     The first error of any thread stops the others and is raised here.
     """
+    announce(alignment, work, block)
     pending: queue.SimpleQueue[Span] = queue.SimpleQueue()
     for span in work:
         pending.put(span)

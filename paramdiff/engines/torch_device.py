@@ -17,7 +17,7 @@ from paramdiff.engines.threads import Results
 from paramdiff.errors import DeviceError
 from paramdiff.measures import Measure, Options, fold
 from paramdiff.pairing import Aligned, Alignment
-from paramdiff.streaming import Grid, Span, Window, read_window, spans
+from paramdiff.streaming import Grid, Span, Window, announce, read_window, spans
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +91,7 @@ def run(
 
     x = TorchArrays(device)
     work = spans(alignment, block, span_bytes=1 << 62)
+    announce(alignment, work, block)
     cuda = device.type == "cuda"
     copies = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
     free = deque(Slot(device, len(alignment.checkpoints)) for _ in range(SLOTS))

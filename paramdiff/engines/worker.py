@@ -1,4 +1,5 @@
-"""A worker process: reads spans from standard input, answers on standard output, both as pickles; see `processes`.
+"""A worker process: reads batches of spans from standard input, answers each span on standard output, both as pickles; see
+`processes`.
 
 It is started as a fresh interpreter rather than forked or spawned by multiprocessing: nothing of the parent's threads is
 copied, and the user's main module is not run again.
@@ -8,13 +9,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 from paramdiff.arrays import numpy_arrays
 from paramdiff.errors import ParamdiffError
 from paramdiff.measures import fold, restored
-from paramdiff.streaming import Buffers, windows
+from paramdiff.pairing import Alignment
+from paramdiff.streaming import Buffers, Span, announce, windows
 
 
 def main() -> None:
@@ -28,8 +34,7 @@ def main() -> None:
         measures = restored(named)
         buffers = Buffers(len(alignment.checkpoints))
         with threadpool_limits(limits=blas, user_api="blas"):  # after the measures have imported what they need of it
-            while True:
-                span = pickle.load(source)
+            for span in _spans(source, alignment, block):
                 blocks = windows(alignment, span, buffers, block)
                 result = fold(x, alignment.tensors[span.tensor], blocks, measures, options)
                 pickle.dump((span, result), answers, protocol=pickle.HIGHEST_PROTOCOL)
@@ -39,6 +44,30 @@ def main() -> None:
     except BaseException as error:  # handed to the parent, which raises it
         answers.write(_portable(error))
         answers.flush()
+
+
+def _spans(source: Any, alignment: Alignment, block: int) -> Iterator[Span]:
+    """The spans of the batches as they come. Over a network the next batch is announced while this one is in work."""
+    if all(checkpoint.is_local for checkpoint in alignment.checkpoints):
+        while True:
+            yield from pickle.load(source)
+    batches: queue.SimpleQueue[list[Span] | BaseException] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                batch = pickle.load(source)
+                announce(alignment, batch, block)
+                batches.put(batch)
+        except BaseException as error:  # handed to the thread that waits, which raises it
+            batches.put(error)
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        batch = batches.get()
+        if isinstance(batch, BaseException):
+            raise batch
+        yield from batch
 
 
 def _portable(error: BaseException) -> bytes:

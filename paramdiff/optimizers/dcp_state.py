@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from os import fspath
 from typing import Any
 
 from paramdiff import checkpoints
@@ -21,6 +21,7 @@ from paramdiff.checkpoints import Checkpoint
 from paramdiff.checkpoints.dcp import OPTIMIZER_STATE, Parts, Stored, read_metadata
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pieces import Assembled, Entry
+from paramdiff.checkpoints.places import place
 from paramdiff.checkpoints.torch_file import read_file
 from paramdiff.errors import BrokenFile, CheckpointError, UnsupportedFormat
 from paramdiff.optimizers.state import OptimizerState, Parameter, as_steps, number
@@ -46,21 +47,21 @@ def open(ref: str, path: str, key: str | None) -> OptimizerState:
 
     Raises `BrokenFile`, or `UnsupportedFormat` as for weights.
     """
-    metadata = read_metadata(str(Path(path) / ".metadata"))
+    metadata = read_metadata(fspath(place(path) / ".metadata"))
     found: dict[str, Saved] = {}
     for stored in metadata.tensors:
-        place, setting = _of_state(stored.path), _of_groups(stored.path)
+        kept, setting = _of_state(stored.path), _of_groups(stored.path)
         if setting is not None:
             owner, group, what = setting
             found.setdefault(owner, Saved()).settings.setdefault(group, {})[what] = stored
-        elif place is not None:
-            owner, name, slot = place
+        elif kept is not None:
+            owner, name, slot = kept
             found.setdefault(owner, Saved()).state.setdefault(name, {})[slot] = stored
     for where, way in metadata.values.items():
         named = tuple(map(str, way))
-        place = _of_state(named)
-        if place is not None and place[2] == "step":
-            found.setdefault(place[0], Saved()).counts[place[1]] = where
+        kept = _of_state(named)
+        if kept is not None and kept[2] == "step":
+            found.setdefault(kept[0], Saved()).counts[kept[1]] = where
         setting = _of_groups(named)
         if setting is not None:
             owner, group, what = setting
@@ -188,9 +189,9 @@ def _value(key: str | Stored, parts: Parts, files: Files) -> Any:
 
 def _common(path: str, files: Files) -> dict[str, Any] | None:
     """Megatron's settings, of common.pt: those on which all groups agree, as nothing says which parameter is in which."""
-    if not (Path(path) / COMMON).is_file():
+    if not (place(path) / COMMON).is_file():
         return None
-    file = files.add(str(Path(path) / COMMON))
+    file = files.add(fspath(place(path) / COMMON))
     content, storages = read_file(files, file)
     pending = deque([content])
     for _ in range(MOST_PLACES):
@@ -212,10 +213,10 @@ def _members(group: str, listed: Any) -> Sequence[str]:
 
 def _open_weights(path: str) -> Checkpoint:
     """The weights in the same checkpoint, or in the directories above, where trainers put them beside the state."""
-    above = [str(Path(path).parents[n]) for n in range(min(2, len(Path(path).parents)))]
-    for place in (path, *above[:-1]):
+    above = [fspath(place(path).parents[n]) for n in range(min(2, len(place(path).parents)))]
+    for where in (path, *above[:-1]):
         try:
-            return checkpoints.open(place)
+            return checkpoints.open(where)
         except CheckpointError:
             continue
     return checkpoints.open(above[-1] if above else path)

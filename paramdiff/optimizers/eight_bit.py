@@ -8,7 +8,7 @@ Small parameters (under 4096 elements) are kept in float32 under the same names.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +70,16 @@ class Scaled:
         self._scales.read_into(name, 4 * block, memoryview(largest.view(np.uint8)))  # type: ignore[arg-type]
         out = np.frombuffer(buffer, dtype=np.float32)
         np.multiply(values[codes], np.repeat(largest, size)[first - block * size :][:count], out=out)
+
+    @property
+    def is_local(self) -> bool:
+        return self._codes.is_local
+
+    def content(self, name: str) -> tuple[str, int] | None:
+        return None
+
+    def announce(self, parts: Iterable[tuple[str, int, int]]) -> None:
+        """Codes are read in blocks of the file's own."""
 
     def _at(self, name: str) -> Checkpoint:
         return self._codes if self._others is None or name in self._codes.tensors else self._others

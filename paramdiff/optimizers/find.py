@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from os import fspath
 
 from paramdiff.checkpoints import layouts
+from paramdiff.checkpoints.places import Place, place
 from paramdiff.errors import BrokenFile, NotFound
 
 FILES = ("optimizer.pt", "optimizer.bin", "optimizer.pth")  # Trainer, accelerate (FULL_STATE_DICT)
@@ -21,7 +22,7 @@ def find(ref: str) -> tuple[str, str]:
 
     Raises `NotFound` where there is none.
     """
-    path = Path(ref).expanduser()
+    path = place(ref)
     try:
         if path.is_dir():
             found = _directory(path)
@@ -33,27 +34,27 @@ def find(ref: str) -> tuple[str, str]:
     except OSError as error:
         raise NotFound(f"Cannot look at {ref}: {error.strerror}.") from error
     if path.name == ".metadata" or path.suffix == ".distcp":
-        return "dcp", str(path.parent)
+        return "dcp", fspath(path.parent)
     if RANK_FILE.fullmatch(path.name):
-        return "ranks", str(path.parent)
+        return "ranks", fspath(path.parent)
     if layouts.ZERO_FILE.fullmatch(path.name):
-        return "zero", str(path.parent)
-    return "torch", str(path)
+        return "zero", fspath(path.parent)
+    return "torch", fspath(path)
 
 
-def _directory(path: Path, depth: int = 0) -> tuple[str, str] | None:
+def _directory(path: Place, depth: int = 0) -> tuple[str, str] | None:
     names = sorted(entry.name for entry in path.iterdir())
     for name in FILES:
         if (path / name).is_file():
-            return "torch", str(path / name)
+            return "torch", fspath(path / name)
     if any(RANK_FILE.fullmatch(name) for name in names):
-        return "ranks", str(path)
+        return "ranks", fspath(path)
     if any(layouts.ZERO_FILE.fullmatch(name) for name in names):
-        return "zero", str(path)
+        return "zero", fspath(path)
     if ".metadata" in names:
-        return "dcp", str(path)
+        return "dcp", fspath(path)
     if any(path.glob("zero/*/exp_avg.pt")):
-        return "universal", str(path)
+        return "universal", fspath(path)
     if depth < DEEPEST:
         below = [name for name in names if (path / name).is_dir()]
         for name in [*layouts.tags(path, below), *(one for one in INSIDE if one in below)]:
@@ -64,7 +65,7 @@ def _directory(path: Path, depth: int = 0) -> tuple[str, str] | None:
     states = [name for name in files if "optim" in name] or files
     if len(states) > 1:
         raise BrokenFile(f"{path} holds {len(states)} files that may hold a state.", hint=f"Name one: {path / states[0]}.")
-    return ("torch", str(path / states[0])) if states else None
+    return ("torch", fspath(path / states[0])) if states else None
 
 
 def _is_other(name: str) -> bool:
@@ -74,7 +75,7 @@ def _is_other(name: str) -> bool:
     )
 
 
-def _nothing_in(ref: str, path: Path) -> NotFound:
+def _nothing_in(ref: str, path: Place) -> NotFound:
     newest = layouts.newest(path)
     if newest is not None:
         return NotFound(

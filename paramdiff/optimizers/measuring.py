@@ -9,11 +9,11 @@ from contextlib import ExitStack
 from datetime import datetime
 from importlib.metadata import version
 from os import PathLike, fspath
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paramdiff import checkpoints
 from paramdiff.checkpoints import Checkpoint
+from paramdiff.checkpoints.places import place
 from paramdiff.collect import Collected, Progress, collect
 from paramdiff.errors import CheckpointError, NothingToCompare, OptionError
 from paramdiff.measures.adam import Adam
@@ -125,7 +125,7 @@ def _weights(stack: ExitStack, state: OptimizerState, given: Ref | None) -> tupl
 
 def _reset(state: OptimizerState) -> list[str]:
     """A sentence where Adam counts fewer steps than the run has had: its state was reset (Adam-Rel, arXiv 2412.17113)."""
-    total = trainer_state(Path(state.directory)).get("global_step")
+    total = trainer_state(place(state.directory)).get("global_step")
     most = max((p.steps[1] for p in state.parameters.values() if p.steps), default=None)
     if isinstance(total, int) and most is not None and most < total:
         return [
@@ -168,7 +168,7 @@ def _apart(first: OptimizerState, second: OptimizerState) -> str | None:
 
 def _total(state: OptimizerState) -> tuple[int, int] | None:
     """The steps of a run, as Trainer counts them: of optimizers that keep no count."""
-    return as_steps(trainer_state(Path(state.directory)).get("global_step"))
+    return as_steps(trainer_state(place(state.directory)).get("global_step"))
 
 
 def _range(steps: tuple[int, int]) -> str:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from os import fspath
 from typing import Any
 
 from paramdiff import checkpoints
@@ -20,6 +20,7 @@ from paramdiff.checkpoints.base import TensorInfo, check_name
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pickles import Opaque, StoredTensor
 from paramdiff.checkpoints.pieces import Assembled, Entry, assemble
+from paramdiff.checkpoints.places import place
 from paramdiff.checkpoints.torch_file import read_file
 from paramdiff.checkpoints.zero import Opened, Row
 from paramdiff.errors import BrokenFile, UnsupportedFormat
@@ -41,13 +42,13 @@ def open(ref: str, path: str, key: str | None) -> OptimizerState:
     """
     if key:
         raise UnsupportedFormat(f"{ref} names an entry, which rank files have not.")
-    found = [match for file in Path(path).iterdir() if (match := RANK_FILE.fullmatch(file.name))]
-    names = layouts.all_ranks(Path(path), found)
+    found = [match for file in place(path).iterdir() if (match := RANK_FILE.fullmatch(file.name))]
+    names = layouts.all_ranks(place(path), found)
     files = Files()
     try:
         model = _model(path)
         try:
-            return _opened(ref, path, [_open_rank(str(Path(path) / name), files) for name in names], model, files)
+            return _opened(ref, path, [_open_rank(fspath(place(path) / name), files) for name in names], model, files)
         finally:
             model.close()
     except BaseException:
@@ -56,7 +57,7 @@ def open(ref: str, path: str, key: str | None) -> OptimizerState:
 
 
 def _model(path: str) -> Checkpoint:
-    found = [match for file in Path(path).iterdir() if (match := layouts.RANK_FILE.fullmatch(file.name))]
+    found = [match for file in place(path).iterdir() if (match := layouts.RANK_FILE.fullmatch(file.name))]
     if not found:
         raise UnsupportedFormat(f"{path} holds optimizer state by number, and no model_world_size files to name it by.")
     return checkpoints.open(path)

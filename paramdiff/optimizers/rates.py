@@ -10,9 +10,10 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from paramdiff.checkpoints.places import Place, place, read_small
+from paramdiff.errors import CheckpointError
 from paramdiff.optimizers.state import Group
 
 STATE_FILE = "trainer_state.json"
@@ -36,7 +37,7 @@ def in_force(groups: Sequence[Group], directory: str, given: float | None = None
     """
     if given is not None:
         return [Rate(given, "given")] * len(groups)
-    logged = _logged(Path(directory))
+    logged = _logged(place(directory))
     first = _rate(groups[0], "initial_lr") or _rate(groups[0], "lr") if groups else None
     rates = []
     for group in groups:
@@ -59,7 +60,7 @@ def _rate(group: Group, key: str) -> float | None:
     return float(value) if usable else None  # type: ignore[arg-type]
 
 
-def _logged(directory: Path) -> Rate | None:
+def _logged(directory: Place) -> Rate | None:
     """What Trainer logged at the save, or last before it; None without its log. A rate of 0 was not in force: older
     Trainers logged that of the step to come."""
     state = trainer_state(directory)
@@ -76,14 +77,14 @@ def _logged(directory: Path) -> Rate | None:
     return Rate(found[1], f"{STATE_FILE}, logged at step {found[0]}" + ("" if exact else f", the last before step {step}"))
 
 
-def trainer_state(directory: Path) -> dict[str, Any]:
+def trainer_state(directory: Place) -> dict[str, Any]:
     """trainer_state.json in a directory or the one above (DeepSpeed's lies in checkpoint-N); empty where there is none."""
-    for place in (directory, directory.parent):
-        path = place / STATE_FILE
+    for where in (directory, directory.parent):
+        path = where / STATE_FILE
         try:
-            if path.is_file() and path.stat().st_size <= MAX_BYTES:
-                content = json.loads(path.read_text(encoding="utf-8"))
+            if path.is_file():
+                content = json.loads(read_small(path, MAX_BYTES).decode("utf-8"))
                 return content if isinstance(content, dict) else {}
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError, RecursionError, CheckpointError):
             return {}
     return {}

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
+from os import fspath
 from typing import Any
 
 from paramdiff import checkpoints
@@ -22,6 +22,7 @@ from paramdiff.checkpoints.base import Located, check_name
 from paramdiff.checkpoints.files import Files, Region
 from paramdiff.checkpoints.locate import read_config
 from paramdiff.checkpoints.pickles import Opaque, StoredTensor
+from paramdiff.checkpoints.places import matching, place
 from paramdiff.checkpoints.torch_file import (
     Entry,
     Storages,
@@ -110,7 +111,14 @@ def _of_state_dict(
     stored = {slot: TorchTensors(ref, files, found) for slot, found in entries.items()}
     moments, parameters = eight_bit.dequantised(stored, parameters)
     return OptimizerState(
-        ref, kind, moments, parameters, groups, directory=str(Path(path).parent), naming=naming, open_weights=open_weights
+        ref,
+        kind,
+        moments,
+        parameters,
+        groups,
+        directory=fspath(place(path).parent),
+        naming=naming,
+        open_weights=open_weights,
     )
 
 
@@ -227,27 +235,27 @@ def _choose(found: Mapping[str, Mapping[str, Any]], path: str, key: str | None) 
 def _open_weights(path: str, *, nested: bool) -> Checkpoint:
     """The weights that the state belongs to: in the same file, or else in its directory; of the second model and so on, by
     the number in the names of accelerate's files."""
-    directory = Path(path).parent
+    directory = place(path).parent
     if nested:
         with suppress(CheckpointError):
             return checkpoints.open(path)
-    if numbered := NUMBERED.fullmatch(Path(path).name):
+    if numbered := NUMBERED.fullmatch(place(path).name):
         for pattern in (f"*_{numbered['number']}.safetensors", f"*model*_{numbered['number']}.bin"):
-            for found in sorted(directory.glob(pattern)):
-                return checkpoints.open(str(found))
+            for found in matching(directory, pattern):
+                return checkpoints.open(fspath(found))
         raise NotFound(f"{directory} holds no weights of model {numbered['number']}.")
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (directory / name).is_file() and (directory / "adapter_config.json").is_file():  # the factors themselves
-            located = Located([str(directory / name)], str(directory))
+            located = Located([fspath(directory / name)], fspath(directory))
             if name.endswith(".safetensors"):
-                return safetensors.open(str(directory), located, read_config(str(directory)), None)
-            return checkpoints.torch_file.open(str(directory), located, read_config(str(directory)), None)
-    return checkpoints.open(str(directory))
+                return safetensors.open(str(directory), located, read_config(fspath(directory)), None)
+            return checkpoints.torch_file.open(str(directory), located, read_config(fspath(directory)), None)
+    return checkpoints.open(fspath(directory))
 
 
 def _orders(path: str, open_weights: Callable[[], Checkpoint]) -> Iterator[Order]:
     """The orders that the parameters may have, by the weights beside the state and by its config.json."""
-    directory = str(Path(path).parent)
+    directory = fspath(place(path).parent)
     config = read_config(directory)
     try:
         weights = open_weights()

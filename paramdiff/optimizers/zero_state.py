@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from os import fspath
 from typing import Any
 
 from paramdiff import checkpoints
@@ -17,6 +17,7 @@ from paramdiff.checkpoints.base import understood
 from paramdiff.checkpoints.files import Files
 from paramdiff.checkpoints.pickles import StoredTensor
 from paramdiff.checkpoints.pieces import Assembled, Entry
+from paramdiff.checkpoints.places import matching, place
 from paramdiff.checkpoints.torch_file import read_file
 from paramdiff.checkpoints.zero import Opened, Shapes
 from paramdiff.errors import BrokenFile, UnsupportedFormat
@@ -38,8 +39,8 @@ def open(ref: str, path: str, key: str | None) -> OptimizerState:
     files = Files()
     try:
         with understood(path, CONVERT):
-            names = sorted(str(file) for file in Path(path).iterdir() if file.name.endswith("_states.pt"))
-            return _of_universal(ref, path, files) if (Path(path) / "zero").is_dir() else _of_tag(ref, path, names, files)
+            names = sorted(fspath(file) for file in place(path).iterdir() if file.name.endswith("_states.pt"))
+            return _of_universal(ref, path, files) if (place(path) / "zero").is_dir() else _of_tag(ref, path, names, files)
     except BaseException:
         files.close()
         raise
@@ -109,13 +110,13 @@ def _steps(
 
 
 def _of_universal(ref: str, path: str, files: Files) -> OptimizerState:
-    where = Path(path)
+    where = place(path)
     beside = universal.beside_of(where, files)
     held: dict[str, dict[str, Entry]] = {}
-    for file in sorted((where / "zero").glob("*/*.pt")):
+    for file in matching(where, "zero/*/*.pt"):
         if file.stem in MOMENTS:
-            held.setdefault(file.stem, {})[file.parent.name] = universal.entry(file.parent.name, str(file), files, beside)
-    optimizer = zero.open_state(str(where / "zero" / "optimizer_state.pt"), files)
+            held.setdefault(file.stem, {})[file.parent.name] = universal.entry(file.parent.name, fspath(file), files, beside)
+    optimizer = zero.open_state(fspath(where / "zero" / "optimizer_state.pt"), files)
     inner = optimizer.content.get("optimizer_state_dict", optimizer.content)
     plain = _groups(inner, optimizer, files)
     shapes: Sequence[Shapes] = beside.groups if beside is not None else []
@@ -125,7 +126,7 @@ def _of_universal(ref: str, path: str, files: Files) -> OptimizerState:
     for name in {**numbers, **{name: 0 for found in held.values() for name in found}}:
         group = _group_of(numbers.get(name, 0), inner, len(plain))
         own = where / "zero" / name / "step.pt"
-        steps = _step_file(str(own), files) if own.is_file() else common
+        steps = _step_file(fspath(own), files) if own.is_file() else common
         shape = next((found[name].info.shape for found in held.values() if name in found), None)
         parameters.append(Parameter(name, group, steps, tuple(slot for slot in held if name in held[slot]), shape))
     slots: dict[str, Checkpoint] = {slot: Assembled(ref, "universal", files, found, None) for slot, found in held.items()}

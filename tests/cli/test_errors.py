@@ -156,15 +156,10 @@ def test_an_empty_directory(tmp_path: Path) -> None:
     assert_sentence(run("sparsity", tmp_path, BASE), 2, str(tmp_path), "empty")
 
 
-@pytest.mark.parametrize("ref", ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B@main"])
-def test_a_hub_id(tmp_path: Path, ref: str) -> None:
-    assert_sentence(run("sparsity", ref, BASE, cwd=tmp_path), 2, ref, "hf download")
-
-
-def test_the_advice_for_a_hub_id_with_a_revision_is_a_command_that_works(tmp_path: Path) -> None:
-    """`hf download` takes the revision as an option; `hf download org/model@rev` is an error."""
-    said = assert_sentence(run("sparsity", "Qwen/Qwen2.5-0.5B@v1", BASE, cwd=tmp_path), 2)
-    assert "hf download Qwen/Qwen2.5-0.5B --revision v1" in said
+@pytest.mark.parametrize("ref", ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B@main", "hf://Qwen/Qwen2.5-0.5B"])
+def test_a_hub_out_of_reach(tmp_path: Path, ref: str) -> None:
+    said = assert_sentence(run("sparsity", ref, BASE, cwd=tmp_path), 2, ref.removeprefix("hf://"), "could not be asked")
+    assert ("No such path" in said) is not ref.startswith("hf://")
 
 
 @pytest.mark.parametrize("ref", ["", "x" * 5000, "~nobody/model", "a\nb", "a\x1b[31mb", "\udcff"])

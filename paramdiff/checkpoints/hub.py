@@ -1,0 +1,288 @@
+"""Repositories of the Hugging Face Hub as directories: listed once, at one commit, their files read in ranges.
+
+`huggingface_hub` finds the endpoint (HF_ENDPOINT), the token (HF_TOKEN, `hf auth login`) and the local cache, whose files
+are used where they are those of the commit.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+from paramdiff.checkpoints.http_file import HttpFile, pool, said
+from paramdiff.errors import BrokenFile, CheckpointError, NotFound
+
+SCHEME = "hf://"
+ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MAX_SMALL = 100_000_000  # bytes of a file that is read whole
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One file of a repository. `content` is the hash of its bytes where the Hub knows one."""
+
+    size: int
+    content: str | None
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository at one commit."""
+
+    id: str
+    commit: str
+    files: Mapping[str, Listed]
+    endpoint: str | None = None
+
+
+def looks_like(ref: str) -> bool:
+    """True for what may be `org/name`, `org/name@revision` or a folder in it."""
+    repo, _, _ = split(ref)
+    return not ref.startswith(("/", ".", "~")) and ID.fullmatch(repo) is not None
+
+
+def split(ref: str) -> tuple[str, str | None, str]:
+    """(repository, revision, path within) of a reference.
+
+    >>> split("hf://org/name@refs%2Fpr%2F1/sub/model.safetensors")
+    ('org/name', 'refs/pr/1', 'sub/model.safetensors')
+    """
+    parts = ref.removeprefix(SCHEME).split("/")
+    name, at, revision = parts[1].partition("@") if len(parts) > 1 else ("", "", "")
+    return "/".join([parts[0], name]), revision.replace("%2F", "/") if at else None, "/".join(p for p in parts[2:] if p)
+
+
+class HubPath:
+    """A file or directory of a repository, with as much of `pathlib.Path` as finding a checkpoint takes."""
+
+    def __init__(self, repo: str, revision: str | None, path: str, guessed: str | None = None) -> None:
+        self._repo, self._revision, self._path = repo, revision, PurePosixPath(path)
+        self._guessed = guessed  # what the user typed, where that could have been a local path
+
+    @property
+    def repository(self) -> Repository:
+        try:
+            return listed(self._repo, self._revision, os.environ.get("HF_ENDPOINT"))
+        except NotFound as error:
+            if self._guessed is None:
+                raise
+            why = error.message[0].lower() + error.message[1:]
+            raise NotFound(f"No such path: {self._guessed}, and {why}", hint=error.hint) from error
+
+    @property
+    def name(self) -> str:
+        return self._path.name or self._repo.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return self._path.suffix
+
+    @property
+    def stem(self) -> str:
+        return self._path.stem
+
+    @property
+    def parent(self) -> HubPath:
+        return self._at(self._path.parent)
+
+    @property
+    def parents(self) -> list[HubPath]:
+        return [self._at(parent) for parent in self._path.parents]
+
+    def _at(self, path: PurePosixPath) -> HubPath:
+        return HubPath(self._repo, self._revision, "" if str(path) == "." else str(path), self._guessed)
+
+    def __truediv__(self, name: str) -> HubPath:
+        return self._at(self._path / name)
+
+    def __str__(self) -> str:
+        revision = f"@{self._revision.replace('/', '%2F')}" if self._revision else ""
+        within = "" if str(self._path) == "." else f"/{self._path}"
+        return f"{SCHEME}{self._repo}{revision}{within}"
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+    def __lt__(self, other: HubPath) -> bool:
+        return self._path < other._path
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HubPath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def expanduser(self) -> HubPath:
+        return self
+
+    def match(self, pattern: str) -> bool:
+        return self._path.match(pattern)
+
+    def is_file(self) -> bool:
+        return str(self._path) in self.repository.files
+
+    def is_dir(self) -> bool:
+        return str(self._path) == "." or any(name.startswith(f"{self._path}/") for name in self.repository.files)
+
+    def exists(self) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def iterdir(self) -> Iterator[HubPath]:
+        within = "" if str(self._path) == "." else f"{self._path}/"
+        names = {n.removeprefix(within).split("/")[0] for n in self.repository.files if n.startswith(within)}
+        return (self / name for name in sorted(names))
+
+    def glob(self, pattern: str) -> Iterator[HubPath]:
+        wanted = (self._path / pattern).parts
+        for name in sorted(self.repository.files):
+            parts = PurePosixPath(name).parts
+            if len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted)):
+                yield self._at(PurePosixPath(name))
+
+    def read_bytes(self, limit: int = MAX_SMALL) -> bytes:
+        """The whole of a small file. Raises `CheckpointError`."""
+        found = self.open()
+        if isinstance(found, Path):
+            return found.read_bytes()
+        if found.size > limit:
+            raise BrokenFile(f"{self} is over {limit:,} bytes long.")
+        data = bytearray(found.size)
+        found.read_into(0, memoryview(data))
+        return bytes(data)
+
+    def open(self) -> HttpFile | Path:
+        """The file in the local cache, if it is there, else behind HTTP."""
+        repository, name = self.repository, str(self._path)
+        if name not in repository.files:
+            raise NotFound(f"{self} is not there.")
+        cached = _cached(repository, name)
+        if cached is not None:
+            return cached
+        from huggingface_hub import hf_hub_url
+
+        url = hf_hub_url(self._repo, name, revision=repository.commit, endpoint=repository.endpoint)
+        return HttpFile(url, repository.files[name].size, str(self), _headers())
+
+    @property
+    def content(self) -> str | None:
+        """The hash of the file's bytes, where the Hub knows it."""
+        listed = self.repository.files.get(str(self._path))
+        return listed.content if listed else None
+
+    def provenance(self) -> dict[str, Any]:
+        """What run.json keeps of where it came from."""
+        return {"repository": self._repo, "revision": self.repository.commit}
+
+
+def path(ref: str, *, guessed: bool = False) -> HubPath:
+    """The place that `hf://org/name@revision/path` names, or the same without `hf://`, which may be `guessed` to be one.
+
+    Raises `NotFound` for what is no such reference.
+    """
+    repo, revision, within = split(ref)
+    if not ID.fullmatch(repo) or (revision is not None and (not revision or "@" in revision)):
+        raise NotFound(f"{ref} is no reference to the Hub.", hint="Write org/name, org/name@revision or org/name/folder.")
+    return HubPath(repo, revision, within, ref if guessed else None)
+
+
+def download(ref: str) -> None:
+    """Put what a reference to the Hub names into the local cache, from which it is read then. Of other references nothing.
+
+    Raises as `listed` does.
+    """
+    from huggingface_hub import snapshot_download
+
+    if Path(ref).exists() or not (ref.startswith(SCHEME) or looks_like(ref)):
+        return
+    repository, within = path(ref, guessed=not ref.startswith(SCHEME)).repository, split(ref)[2]
+    wanted = [within, f"{within}/*"] if within else None
+    snapshot_download(repository.id, revision=repository.commit, endpoint=repository.endpoint, allow_patterns=wanted)
+
+
+def _headers() -> dict[str, str]:
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    return dict(build_hf_headers(library_name="paramdiff"))
+
+
+def _cached(repository: Repository, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository.id, name, revision=repository.commit)
+    return Path(found) if isinstance(found, str) else None
+
+
+@cache
+def listed(repo: str, revision: str | None, endpoint: str | None) -> Repository:
+    """A repository's files and their sizes, in one request; the revision becomes a commit, once for the process.
+
+    Raises `NotFound` for one that is not there or a Hub out of reach, `CheckpointError` for one that may not be read.
+    """
+    from huggingface_hub import constants
+    from urllib3.exceptions import HTTPError
+
+    where = repo + (f"@{revision}" if revision else "")
+    base = (endpoint or constants.ENDPOINT).rstrip("/")
+    url = f"{base}/api/models/{repo}" + (f"/revision/{quote(revision, safe='')}" if revision else "")
+    try:
+        retries = pool().connection_pool_kw["retries"].new(connect=1)  # most likely there is no network, or no such path
+        answer = pool().request("GET", f"{url}?blobs=true", headers=_headers(), retries=retries)
+    except HTTPError as error:
+        return _unreachable(repo, revision, said(error), error)
+    code = answer.headers.get("X-Error-Code", "")
+    if code == "GatedRepo" or (answer.status == 403 and not code):
+        raise CheckpointError(
+            f"{where} is gated, and this token has no access to it.",
+            hint=f"Accept its terms at the Hub's page of {repo}, then run `hf auth login` or set HF_TOKEN.",
+        )
+    if code == "RevisionNotFound":
+        raise NotFound(f"{repo} has no revision {revision!r} on the Hub.")
+    if answer.status in (401, 404) or code == "RepoNotFound":
+        raise NotFound(
+            f"There is no model {where} on the Hub, or none that may be seen.",
+            hint="Check the spelling; for a private one run `hf auth login` or set HF_TOKEN.",
+        )
+    if answer.status != 200:
+        return _unreachable(repo, revision, f"it answered {answer.status}", None)
+    try:
+        about = json.loads(answer.data.decode("utf-8"))
+        files = {str(one["rfilename"]): _listed(one) for one in about["siblings"]}
+        return Repository(repo, str(about["sha"]), files, base)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BrokenFile(f"{base} gave no list of files for {where}; is HF_ENDPOINT a Hub?") from error
+
+
+def _listed(one: Mapping[str, Any]) -> Listed:
+    lfs = one.get("lfs") or {}
+    return Listed(int(one.get("size") or lfs.get("size") or 0), lfs.get("sha256") or one.get("blobId"))
+
+
+def _unreachable(repo: str, revision: str | None, why: str, error: BaseException | None) -> Repository:
+    """What the local cache holds, for when the Hub cannot be asked. Raises `NotFound` where that is nothing."""
+    found = _offline(repo, revision)
+    if found is None:
+        raise NotFound(
+            f"The Hub could not be asked for {repo}{f'@{revision}' if revision else ''} ({why}).",
+            hint="Check the spelling, or the connection and HF_ENDPOINT.",
+        ) from error
+    return found
+
+
+def _offline(repo: str, revision: str | None) -> Repository | None:
+    """What the local cache holds of a repository, for when the Hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        where = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except Exception:  # not in the cache
+        return None
+    files = {str(f.relative_to(where)): Listed(f.stat().st_size, None) for f in where.rglob("*") if f.is_file()}
+    return Repository(repo, where.name, files)

@@ -1,0 +1,151 @@
+"""Where a reference points: a local path, a repository of the Hub, a file behind a URL. One way to look at each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from paramdiff.checkpoints import hub
+from paramdiff.checkpoints.http_file import HttpFile, size_of
+from paramdiff.checkpoints.hub import HubPath
+from paramdiff.errors import BrokenFile, CheckpointError, NotFound, UnsupportedFormat
+
+WEB = ("http://", "https://")
+STORES = ("s3://", "gs://", "az://", "abfs://", "r2://")
+
+
+class WebPath:
+    """A file behind a URL, and its neighbours; there is no way to list them. See `HubPath`."""
+
+    def __init__(self, url: str, *, guessed: bool = False) -> None:
+        self._guessed = guessed  # a neighbour of what was given, which may or may not be there
+        self._parts = urlsplit(url)
+        self._path = PurePosixPath(self._parts.path)
+        self._size: int | None = None
+        self._asked = False
+
+    @property
+    def name(self) -> str:
+        return self._path.name
+
+    @property
+    def suffix(self) -> str:
+        return self._path.suffix
+
+    @property
+    def stem(self) -> str:
+        return self._path.stem
+
+    @property
+    def parent(self) -> WebPath:
+        return self._at(self._path.parent)
+
+    @property
+    def parents(self) -> list[WebPath]:
+        return [self._at(parent) for parent in self._path.parents]
+
+    def _at(self, path: PurePosixPath) -> WebPath:
+        return WebPath(self._parts._replace(path=str(path)).geturl(), guessed=True)
+
+    def __truediv__(self, name: str) -> WebPath:
+        return self._at(self._path / name)
+
+    def __str__(self) -> str:
+        """The address without its query, which may hold a signature."""
+        return self._parts._replace(query="", fragment="").geturl()
+
+    def __fspath__(self) -> str:
+        return self._parts.geturl()
+
+    def expanduser(self) -> WebPath:
+        return self
+
+    def match(self, pattern: str) -> bool:
+        return self._path.match(pattern)
+
+    def is_dir(self) -> bool:
+        return False
+
+    def is_file(self) -> bool:
+        return self.exists()
+
+    def iterdir(self) -> Iterator[WebPath]:
+        return iter(())
+
+    def glob(self, pattern: str) -> Iterator[WebPath]:
+        return iter(())
+
+    def exists(self) -> bool:
+        if not self._asked:
+            self._asked = True
+            try:
+                self._size = size_of(self._parts.geturl(), str(self))
+            except CheckpointError:  # storages often forbid what is not there
+                if not self._guessed:
+                    raise
+        return self._size is not None
+
+    def read_bytes(self, limit: int = hub.MAX_SMALL) -> bytes:
+        found = self.open()
+        if found.size > limit:
+            raise BrokenFile(f"{self} is over {limit:,} bytes long.")
+        data = bytearray(found.size)
+        found.read_into(0, memoryview(data))
+        return bytes(data)
+
+    def open(self) -> HttpFile:
+        if not self.exists() or self._size is None:
+            raise NotFound(f"{self} is not there.")
+        return HttpFile(self._parts.geturl(), self._size, str(self))
+
+    content: str | None = None
+
+    def provenance(self) -> dict[str, Any]:
+        return {}
+
+
+Place = Path | HubPath | WebPath
+
+
+def place(ref: str) -> Place:
+    """Where a reference points. A local path wins over a Hub id of the same spelling; `hf://` means the Hub.
+
+    Raises `NotFound` for what cannot be a path, `UnsupportedFormat` for stores that are not read.
+    """
+    if ref.startswith(hub.SCHEME):
+        return hub.path(ref)
+    if ref.startswith(WEB):
+        return WebPath(ref)
+    if ref.startswith(STORES):
+        raise UnsupportedFormat(
+            f"{ref} is in an object store, which this version does not read.", hint="Copy it here first."
+        )
+    try:
+        path = Path(ref).expanduser()
+        if not path.exists() and hub.looks_like(ref) and not path.parent.exists():
+            return hub.path(ref, guessed=True)
+        return path
+    except RuntimeError as error:
+        raise NotFound(f"No such path: {ref} (there is no such user).") from error
+    except OSError as error:  # a parent that may not be searched, a name that is too long
+        raise NotFound(f"Cannot look at {ref}: {error.strerror}.") from error
+
+
+def matching(where: Place, pattern: str) -> list[Place]:
+    """The files below a place whose path fits a pattern, in order."""
+    found: list[Place] = [*where.glob(pattern)]
+    return sorted(found, key=str)
+
+
+def read_small(where: Place, limit: int = hub.MAX_SMALL) -> bytes:
+    """The whole of a small file, wherever it is. Raises `OSError`, `ValueError` for one over `limit` bytes, or
+    `CheckpointError`; a pipe or a device is refused."""
+    if not isinstance(where, Path):
+        return where.read_bytes(limit)
+    if where.exists() and not where.is_file():
+        raise ValueError("it is not a regular file")
+    if where.stat().st_size > limit:
+        raise ValueError(f"it is over {limit:,} bytes long")
+    return where.read_bytes()
