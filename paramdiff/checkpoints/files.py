@@ -105,8 +105,7 @@ class Files:
 
     def close(self) -> None:
         for file in self._files:
-            if isinstance(file, LocalFile):
-                file.close()
+            file.close()
 
 
 class LocalFile:

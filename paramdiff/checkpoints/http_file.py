@@ -7,11 +7,12 @@ storage) is followed once and remembered until it expires; the token goes to the
 
 from __future__ import annotations
 
+import queue
 import re
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,18 @@ class HttpFile:
         self._coming: dict[Wanted, Future[bytearray]] = {}
         self._left: dict[Wanted, int] = {}  # bytes that are still to be read of each that is coming
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self._closed = False
+
+    def close(self) -> None:
+        """Fetch no more. What is on its way is let go."""
+        with self._lock:
+            self._closed = True
+            for future in self._coming.values():
+                future.cancel()
+            self._planned.clear()
+            self._coming.clear()
+            self._left.clear()
+            self._blocks.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "size": self.size, "name": self.name, "_headers": self._headers}
@@ -150,6 +163,8 @@ class HttpFile:
                 for part in self._parts(start + done, end):
                     data[done : done + len(part)] = part
                     done += len(part)
+                    if self._closed:
+                        raise BrokenFile(f"{self.name} was closed while it was being read.")
                 last = "the connection ended"
             except (HTTPError, OSError) as error:
                 last = said(error)
@@ -303,9 +318,34 @@ def pool() -> PoolManager:
     return urllib3.PoolManager(num_pools=8, maxsize=IN_FLIGHT + 4, retries=patient, timeout=timeout)
 
 
+class Crew:
+    """Threads that fetch. Unlike those of `ThreadPoolExecutor` they do not keep a process from ending: after Ctrl-C nobody
+    waits for what is still to come."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[tuple[Future[bytearray], Callable[..., bytearray], tuple[int, ...]]]
+        self._work = queue.SimpleQueue()
+        for number in range(IN_FLIGHT):
+            threading.Thread(target=self._run, name=f"paramdiff-fetch-{number}", daemon=True).start()
+
+    def submit(self, function: Callable[..., bytearray], *arguments: int) -> Future[bytearray]:
+        future: Future[bytearray] = Future()
+        self._work.put((future, function, arguments))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            future, function, arguments = self._work.get()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:  # handed to the thread that waits, which raises it
+                    future.set_exception(error)
+
+
 @cache
-def _crew() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="paramdiff-fetch")
+def _crew() -> Crew:
+    return Crew()
 
 
 def said(error: BaseException) -> str:

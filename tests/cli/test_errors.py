@@ -299,6 +299,7 @@ def broken(directory: Path, case: str) -> Path:
 CASES = re.findall(r'^        case "(.+)":$', Path(__file__).read_text(), re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_broken_files(tmp_path: Path, case: str) -> None:
     file = broken(tmp_path, case)
@@ -332,6 +333,7 @@ def test_an_index_that_names_a_missing_shard(tmp_path: Path) -> None:
     assert_sentence(run("sparsity", BASE, tmp_path), 2, "hard 3 of 4", "model-00003-of-00004.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [

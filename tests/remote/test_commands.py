@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from paramdiff import published
 from paramdiff.errors import OptionError
-from tests.cli.helpers import SAMPLE, assert_sentence, environment, run, run_json
-from tests.remote.server import COMMIT, Hub, running
+from tests.cli.helpers import SAMPLE, assert_sentence, environment, finished, run, run_json, started
+from tests.remote.server import COMMIT, Asked, Hub, running
 
 NAMES = "peiyi9979/mistral-7b-sft", "peiyi9979/math-shepherd-mistral-7b-rl"
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -74,3 +81,34 @@ def test_download_fills_the_cache_and_reads_from_it(served: Hub, tmp_path: Path)
     assert {asked.path for asked in served.log[before:] if "resolve" in asked.path} == set()
     done = run("sparsity", SAMPLE / "base", SAMPLE / "rl-sgd", "--download", env=environment())
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_ctrl_c_does_not_wait_for_the_network(served: Hub, tmp_path: Path, large: bool) -> None:
+    """The server answers the headers and then nothing, in this process and where workers read."""
+    if large:
+        for name in NAMES:
+            (tmp_path / name).mkdir(parents=True)
+            save_file({"w.weight": torch.zeros(6000, 6000)}, tmp_path / name / "model.safetensors")
+            served.repos[name] = tmp_path / name
+    hanging = threading.Event()
+
+    def hang(asked: Asked) -> None:
+        wanted = asked.range or (0, 0)
+        if asked.server == "cdn" and (asked.number > 30 or wanted[1] - wanted[0] > 2 << 20):
+            hanging.set()
+            time.sleep(20)
+
+    served.fault = hang
+    if not large:
+        served.fault = lambda asked: (hanging.set(), time.sleep(20)) if asked.server == "cdn" else None
+    with started("sparsity", *NAMES, "--out", tmp_path / "out") as process:
+        assert hanging.wait(20)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        begun = time.monotonic()
+        done = finished(process, timeout=15)
+    assert done.returncode == 130
+    assert time.monotonic() - begun < 10
+    assert "Interrupted" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -59,6 +59,7 @@ def test_two_repositories_give_what_their_files_give(served: Hub, redirect: bool
     assert diff.run["tuned"]["ref"] == "org/rl@v1"
 
 
+@pytest.mark.slow
 def test_worker_processes_read_for_themselves(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "SMALL", 0)
     torch.manual_seed(0)
@@ -108,6 +109,7 @@ def test_a_local_path_wins(served: Hub, tmp_path: Path, monkeypatch: pytest.Monk
         checkpoints.open("org/other")
 
 
+@pytest.mark.slow
 def test_other_containers(served: Hub, tmp_path: Path) -> None:
     import torch.distributed.checkpoint
 
@@ -156,6 +158,7 @@ def test_what_a_network_does_changes_no_number(served: Hub, fault: Any) -> None:
     same(paramdiff.compare("org/base", "org/rl"), expected)
 
 
+@pytest.mark.slow
 def test_every_second_answer_breaks_off(served: Hub) -> None:
     def half(asked: Asked) -> Any:
         return "reset" if asked.server == "cdn" and asked.range and asked.range[1] - asked.range[0] > 1 else None
@@ -215,6 +218,7 @@ def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoints.open("org/base")
 
 
+@pytest.mark.slow
 def test_the_token_goes_to_the_hub_alone(served: Hub, tmp_path: Path) -> None:
     """Not to the storage that a redirect leads to, nor into anything that is printed or written."""
     served.gated.add("org/base")
@@ -292,6 +296,7 @@ def test_announced_ranges_are_fetched_once_and_let_go(served: Hub) -> None:
     assert sorted(served.ranges("model.safetensors")) == [(0, 20_000), (1_200_000, len(data))]
 
 
+@pytest.mark.slow
 def test_through_the_command(served: Hub, tmp_path: Path) -> None:
     more = environment(HF_ENDPOINT=served.url, HF_HOME=str(tmp_path / "home"))
     done = run("inspect", "org/rl", env=more)
