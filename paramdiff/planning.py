@@ -7,7 +7,7 @@ from os import PathLike, fspath
 from typing import Any
 
 from paramdiff import checkpoints
-from paramdiff.checkpoints.http_file import AHEAD, IN_FLIGHT, REQUEST
+from paramdiff.checkpoints.ranges import AHEAD, IN_FLIGHT, REQUEST
 from paramdiff.machine import cores
 from paramdiff.pairing import align
 from paramdiff.streaming import BLOCK, spans

@@ -11,8 +11,8 @@ from stat import S_ISREG
 from typing import Any
 
 from paramdiff.checkpoints.base import TensorInfo
-from paramdiff.checkpoints.http_file import HttpFile
 from paramdiff.checkpoints.places import place
+from paramdiff.checkpoints.ranges import RangeFile
 from paramdiff.errors import BrokenFile, ChangedWhileReading
 
 MAX_READ = 1 << 30  # one read moves at most 0x7ffff000 bytes on Linux
@@ -26,7 +26,7 @@ class Files:
 
     def __init__(self) -> None:
         self.paths: list[str] = []
-        self._files: list[LocalFile | HttpFile] = []
+        self._files: list[LocalFile | RangeFile] = []
         self._provenance: list[dict[str, Any]] = []
         self._contents: list[str | None] = []
 
@@ -55,13 +55,13 @@ class Files:
         """Say which (first byte, end) of which files will be read next, so that those behind HTTP can be fetched."""
         for number, wanted in ranges.items():
             file = self._files[number]
-            if isinstance(file, HttpFile):
+            if isinstance(file, RangeFile):
                 file.announce(wanted)
 
     def read(self, file: int, position: int, length: int) -> bytes:
         """Up to `length` bytes, fewer at the end of the file. Raises `BrokenFile`."""
         found = self._files[file]
-        if isinstance(found, HttpFile):
+        if isinstance(found, RangeFile):
             data = bytearray(max(0, min(length, found.size - position)))
             found.read_into(position, memoryview(data))
             return bytes(data)
@@ -78,7 +78,7 @@ class Files:
             try:
                 got = (
                     found.read_into(position + done, part)
-                    if isinstance(found, HttpFile)
+                    if isinstance(found, RangeFile)
                     else os.preadv(found.fd, [part], position + done)
                 )
             except OSError as error:
@@ -94,8 +94,7 @@ class Files:
     def verify(self) -> None:
         """Raise `ChangedWhileReading` if a file is no longer the one that was opened (HTTP checks each answer)."""
         for file in self._files:
-            if isinstance(file, LocalFile):
-                file.verify()
+            file.verify()
 
     def facts(self) -> dict[str, Any]:
         """Names and sizes, and where all of them came from."""

@@ -1,34 +1,23 @@
-"""Files behind HTTP, read in ranges: no more than is asked for, several requests in flight, resumed where one broke off.
+"""Files behind HTTP, read in ranges, resumed where a connection broke.
 
-Readers say in advance what they are about to read (`announce`); that is fetched in the background, neighbouring ranges in
-one request, large ones in several. What was not announced is read in blocks of its own. A redirect (the Hub sends one to its
-storage) is followed once and remembered until it expires; the token goes to the host that it is for and to no other.
+A redirect (the Hub sends one to its storage) is followed once and remembered until it expires; the token goes to the host
+that it is for and to no other.
 """
 
 from __future__ import annotations
 
-import queue
 import re
-import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from paramdiff.checkpoints.ranges import IN_FLIGHT, RangeFile
 from paramdiff.errors import BrokenFile, ChangedWhileReading, CheckpointError, NotFound
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager
 
-REQUEST = 16 << 20  # bytes of one request
-AHEAD = 64 << 20  # bytes of one file that are fetched and not yet read
-GAP = 1 << 20  # bytes between two ranges that are fetched together rather than apart
-BLOCK = 1 << 20  # bytes fetched for what was not announced
-KEPT = 8  # such blocks of one file
-IN_FLIGHT = 8  # requests of one process
 ATTEMPTS = 8  # without a byte of progress
 TIMEOUT = 60  # seconds without an answer, or a byte
 LONGEST_WAIT = 300  # seconds that a server may ask for
@@ -41,111 +30,20 @@ SAID = {
 EXPIRED = (401, 403, 404, 410)  # what a storage answers when the address that a redirect gave is no longer good
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """One request, for bytes `start` to `end`, of which `needed` will be read."""
-
-    start: int
-    end: int
-    needed: int
-
-
-class HttpFile:
-    """One file of `size` bytes at `url`. `name` is what messages call it, `headers` what goes to the url's own host.
-
-    Safe to read from several threads; pickled without what was fetched.
-    """
+class HttpFile(RangeFile):
+    """One file of `size` bytes at `url`. `name` is what messages call it, `headers` what goes to the url's own host."""
 
     def __init__(self, url: str, size: int, name: str, headers: dict[str, str] | None = None) -> None:
-        self.url, self.size, self.name = url, size, name
-        self._headers = dict(headers or {})
-        self._start()
+        self.url, self._headers = url, dict(headers or {})
+        super().__init__(size, name)
 
     def _start(self) -> None:
-        self._lock = threading.Lock()
+        super()._start()
         self._direct: str | None = None  # where a redirect led
         self._etags: dict[str, str] = {}  # by host
-        self._planned: deque[Wanted] = deque()
-        self._coming: dict[Wanted, Future[bytearray]] = {}
-        self._left: dict[Wanted, int] = {}  # bytes that are still to be read of each that is coming
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
-        self._closed = False
-
-    def close(self) -> None:
-        """Fetch no more. What is on its way is let go."""
-        with self._lock:
-            self._closed = True
-            for future in self._coming.values():
-                future.cancel()
-            self._planned.clear()
-            self._coming.clear()
-            self._left.clear()
-            self._blocks.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "size": self.size, "name": self.name, "_headers": self._headers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start()
-
-    def announce(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Say which (first byte, end) ranges will be read, each once and in about this order. They are fetched in the
-        background, `AHEAD` bytes at a time."""
-        with self._lock:
-            self._planned.extend(_requests(ranges))
-            self._advance()
-
-    def _advance(self) -> None:
-        """Begin to fetch what comes next. The lock is held."""
-        while self._planned and sum(wanted.end - wanted.start for wanted in self._coming) < AHEAD:
-            self._begin(self._planned.popleft())
-
-    def _begin(self, wanted: Wanted) -> None:
-        self._coming[wanted] = _crew().submit(self._fetch, wanted.start, wanted.end)
-        self._left[wanted] = wanted.needed
-
-    def read_into(self, position: int, buffer: memoryview) -> int:
-        """Fill `buffer`, as far as the file goes. Returns how many bytes that are."""
-        done, wanted = 0, max(0, min(len(buffer), self.size - position))
-        while done < wanted:
-            at = position + done
-            part = self._announced(at, wanted - done) or self._block(at, wanted - done)
-            buffer[done : done + len(part)] = part
-            done += len(part)
-        return done
-
-    def _announced(self, at: int, length: int) -> memoryview | None:
-        """Up to `length` bytes of an announced range from byte `at` on, if there is one. What was read is let go."""
-        with self._lock:
-            found = next((w for w in (*self._coming, *self._planned) if w.start <= at < w.end), None)
-            if found is None:
-                return None
-            if found not in self._coming:
-                self._planned.remove(found)
-                self._begin(found)
-            future = self._coming[found]
-        part = memoryview(future.result())[at - found.start : at - found.start + length]
-        with self._lock:
-            if found in self._left:
-                self._left[found] -= len(part)
-                if self._left[found] <= 0:
-                    del self._left[found], self._coming[found]
-            self._advance()
-        return part
-
-    def _block(self, at: int, length: int) -> memoryview:
-        start = at - at % BLOCK
-        with self._lock:
-            if start in self._blocks:
-                self._blocks.move_to_end(start)
-                return memoryview(self._blocks[start])[at - start : at - start + length]
-        data = bytes(self._fetch(start, min(start + BLOCK, self.size)))
-        with self._lock:
-            self._blocks[start] = data
-            while len(self._blocks) > KEPT:
-                self._blocks.popitem(last=False)
-        return memoryview(data)[at - start : at - start + length]
+        return {**super().__getstate__(), "url": self.url, "_headers": self._headers}
 
     def _fetch(self, start: int, end: int) -> bytearray:
         """Bytes `start` to `end`, in as many requests as it takes. Raises `CheckpointError`."""
@@ -271,30 +169,6 @@ def refuse(status: int, name: str) -> None:
         )
 
 
-def _requests(ranges: Iterable[tuple[int, int]]) -> Iterator[Wanted]:
-    """Ranges as they are asked for: neighbours together, none over `REQUEST` bytes.
-
-    >>> [*_requests([(0, 10), (20, 30), (5_000_000, 5_000_010)])]
-    [Wanted(start=0, end=30, needed=20), Wanted(start=5000000, end=5000010, needed=10)]
-    """
-    joined: list[list[tuple[int, int]]] = []
-    for start, end in sorted(ranges):
-        if start >= end:
-            continue
-        if joined and start - joined[-1][-1][1] <= GAP:
-            joined[-1].append((start, end))
-        else:
-            joined.append([(start, end)])
-    for parts in joined:
-        first, last = parts[0][0], parts[-1][1]
-        count = -(-(last - first) // REQUEST)
-        for number in range(count):
-            low, high = first + (last - first) * number // count, first + (last - first) * (number + 1) // count
-            needed = sum(max(0, min(end, high) - max(start, low)) for start, end in parts)
-            if needed:
-                yield Wanted(low, high, needed)
-
-
 @cache
 def pool() -> PoolManager:
     """Connections of this process, and how requests are repeated: as the server asks, else after growing pauses."""
@@ -316,36 +190,6 @@ def pool() -> PoolManager:
     )  # fmt: skip
     timeout = urllib3.Timeout(connect=20, read=TIMEOUT)
     return urllib3.PoolManager(num_pools=8, maxsize=IN_FLIGHT + 4, retries=patient, timeout=timeout)
-
-
-class Crew:
-    """Threads that fetch. Unlike those of `ThreadPoolExecutor` they do not keep a process from ending: after Ctrl-C nobody
-    waits for what is still to come."""
-
-    def __init__(self) -> None:
-        self._work: queue.SimpleQueue[tuple[Future[bytearray], Callable[..., bytearray], tuple[int, ...]]]
-        self._work = queue.SimpleQueue()
-        for number in range(IN_FLIGHT):
-            threading.Thread(target=self._run, name=f"paramdiff-fetch-{number}", daemon=True).start()
-
-    def submit(self, function: Callable[..., bytearray], *arguments: int) -> Future[bytearray]:
-        future: Future[bytearray] = Future()
-        self._work.put((future, function, arguments))
-        return future
-
-    def _run(self) -> None:
-        while True:
-            future, function, arguments = self._work.get()
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function(*arguments))
-                except BaseException as error:  # handed to the thread that waits, which raises it
-                    future.set_exception(error)
-
-
-@cache
-def _crew() -> Crew:
-    return Crew()
 
 
 def said(error: BaseException) -> str:

@@ -6,11 +6,10 @@ are used where they are those of the commit.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -18,11 +17,11 @@ from typing import Any
 from urllib.parse import quote
 
 from paramdiff.checkpoints.http_file import HttpFile, pool, said
+from paramdiff.checkpoints.tree import TreePath
 from paramdiff.errors import BrokenFile, CheckpointError, NotFound
 
 SCHEME = "hf://"
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-MAX_SMALL = 100_000_000  # bytes of a file that is read whole
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,12 @@ def split(ref: str) -> tuple[str, str | None, str]:
     return "/".join([parts[0], name]), revision.replace("%2F", "/") if at else None, "/".join(p for p in parts[2:] if p)
 
 
-class HubPath:
-    """A file or directory of a repository, with as much of `pathlib.Path` as finding a checkpoint takes."""
+class HubPath(TreePath):
+    """A file or directory of a repository. `guessed` is what the user typed, where that could have been a local path."""
 
     def __init__(self, repo: str, revision: str | None, path: str, guessed: str | None = None) -> None:
-        self._repo, self._revision, self._path = repo, revision, PurePosixPath(path)
-        self._guessed = guessed  # what the user typed, where that could have been a local path
+        super().__init__(path)
+        self._repo, self._revision, self._guessed = repo, revision, guessed
 
     @property
     def repository(self) -> Repository:
@@ -77,86 +76,19 @@ class HubPath:
             why = error.message[0].lower() + error.message[1:]
             raise NotFound(f"No such path: {self._guessed}, and {why}", hint=error.hint) from error
 
+    def _at(self, path: PurePosixPath) -> HubPath:
+        return HubPath(self._repo, self._revision, "" if str(path) == "." else str(path), self._guessed)
+
+    def _names(self) -> Iterable[str]:
+        return self.repository.files
+
     @property
     def name(self) -> str:
         return self._path.name or self._repo.rpartition("/")[2]
 
-    @property
-    def suffix(self) -> str:
-        return self._path.suffix
-
-    @property
-    def stem(self) -> str:
-        return self._path.stem
-
-    @property
-    def parent(self) -> HubPath:
-        return self._at(self._path.parent)
-
-    @property
-    def parents(self) -> list[HubPath]:
-        return [self._at(parent) for parent in self._path.parents]
-
-    def _at(self, path: PurePosixPath) -> HubPath:
-        return HubPath(self._repo, self._revision, "" if str(path) == "." else str(path), self._guessed)
-
-    def __truediv__(self, name: str) -> HubPath:
-        return self._at(self._path / name)
-
     def __str__(self) -> str:
         revision = f"@{self._revision.replace('/', '%2F')}" if self._revision else ""
-        within = "" if str(self._path) == "." else f"/{self._path}"
-        return f"{SCHEME}{self._repo}{revision}{within}"
-
-    def __fspath__(self) -> str:
-        return str(self)
-
-    def __lt__(self, other: HubPath) -> bool:
-        return self._path < other._path
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, HubPath) and str(self) == str(other)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
-    def expanduser(self) -> HubPath:
-        return self
-
-    def match(self, pattern: str) -> bool:
-        return self._path.match(pattern)
-
-    def is_file(self) -> bool:
-        return str(self._path) in self.repository.files
-
-    def is_dir(self) -> bool:
-        return str(self._path) == "." or any(name.startswith(f"{self._path}/") for name in self.repository.files)
-
-    def exists(self) -> bool:
-        return self.is_file() or self.is_dir()
-
-    def iterdir(self) -> Iterator[HubPath]:
-        within = "" if str(self._path) == "." else f"{self._path}/"
-        names = {n.removeprefix(within).split("/")[0] for n in self.repository.files if n.startswith(within)}
-        return (self / name for name in sorted(names))
-
-    def glob(self, pattern: str) -> Iterator[HubPath]:
-        wanted = (self._path / pattern).parts
-        for name in sorted(self.repository.files):
-            parts = PurePosixPath(name).parts
-            if len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted)):
-                yield self._at(PurePosixPath(name))
-
-    def read_bytes(self, limit: int = MAX_SMALL) -> bytes:
-        """The whole of a small file. Raises `CheckpointError`."""
-        found = self.open()
-        if isinstance(found, Path):
-            return found.read_bytes()
-        if found.size > limit:
-            raise BrokenFile(f"{self} is over {limit:,} bytes long.")
-        data = bytearray(found.size)
-        found.read_into(0, memoryview(data))
-        return bytes(data)
+        return f"{SCHEME}{self._repo}{revision}/{self._within}".rstrip("/")
 
     def open(self) -> HttpFile | Path:
         """The file in the local cache, if it is there, else behind HTTP."""
@@ -172,13 +104,12 @@ class HubPath:
         return HttpFile(url, repository.files[name].size, str(self), _headers())
 
     @property
-    def content(self) -> str | None:
+    def content(self) -> str | None:  # type: ignore[override]
         """The hash of the file's bytes, where the Hub knows it."""
         listed = self.repository.files.get(str(self._path))
         return listed.content if listed else None
 
     def provenance(self) -> dict[str, Any]:
-        """What run.json keeps of where it came from."""
         return {"repository": self._repo, "revision": self.repository.commit}
 
 

@@ -7,13 +7,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from paramdiff.checkpoints import hub
+from paramdiff.checkpoints import hub, store
 from paramdiff.checkpoints.http_file import HttpFile, size_of
 from paramdiff.checkpoints.hub import HubPath
-from paramdiff.errors import BrokenFile, CheckpointError, NotFound, UnsupportedFormat
+from paramdiff.checkpoints.store import StorePath
+from paramdiff.checkpoints.tree import MAX_SMALL, whole
+from paramdiff.errors import CheckpointError, NotFound
 
 WEB = ("http://", "https://")
-STORES = ("s3://", "gs://", "az://", "abfs://", "r2://")
 
 
 class WebPath:
@@ -59,9 +60,6 @@ class WebPath:
     def __fspath__(self) -> str:
         return self._parts.geturl()
 
-    def expanduser(self) -> WebPath:
-        return self
-
     def match(self, pattern: str) -> bool:
         return self._path.match(pattern)
 
@@ -87,13 +85,8 @@ class WebPath:
                     raise
         return self._size is not None
 
-    def read_bytes(self, limit: int = hub.MAX_SMALL) -> bytes:
-        found = self.open()
-        if found.size > limit:
-            raise BrokenFile(f"{self} is over {limit:,} bytes long.")
-        data = bytearray(found.size)
-        found.read_into(0, memoryview(data))
-        return bytes(data)
+    def read_bytes(self, limit: int = MAX_SMALL) -> bytes:
+        return whole(self.open(), limit)
 
     def open(self) -> HttpFile:
         if not self.exists() or self._size is None:
@@ -106,22 +99,20 @@ class WebPath:
         return {}
 
 
-Place = Path | HubPath | WebPath
+Place = Path | HubPath | StorePath | WebPath
 
 
 def place(ref: str) -> Place:
     """Where a reference points. A local path wins over a Hub id of the same spelling; `hf://` means the Hub.
 
-    Raises `NotFound` for what cannot be a path, `UnsupportedFormat` for stores that are not read.
+    Raises `NotFound` for what cannot be a path.
     """
     if ref.startswith(hub.SCHEME):
         return hub.path(ref)
     if ref.startswith(WEB):
         return WebPath(ref)
-    if ref.startswith(STORES):
-        raise UnsupportedFormat(
-            f"{ref} is in an object store, which this version does not read.", hint="Copy it here first."
-        )
+    if ref.startswith(store.SCHEMES):
+        return store.path(ref)
     try:
         path = Path(ref).expanduser()
         if not path.exists() and hub.looks_like(ref) and not path.parent.exists():
@@ -139,7 +130,7 @@ def matching(where: Place, pattern: str) -> list[Place]:
     return sorted(found, key=str)
 
 
-def read_small(where: Place, limit: int = hub.MAX_SMALL) -> bytes:
+def read_small(where: Place, limit: int = MAX_SMALL) -> bytes:
     """The whole of a small file, wherever it is. Raises `OSError`, `ValueError` for one over `limit` bytes, or
     `CheckpointError`; a pipe or a device is refused."""
     if not isinstance(where, Path):
