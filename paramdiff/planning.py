@@ -7,10 +7,10 @@ from os import PathLike, fspath
 from typing import Any
 
 from paramdiff import checkpoints
-from paramdiff.checkpoints.ranges import AHEAD, IN_FLIGHT, REQUEST
+from paramdiff.checkpoints.ranges import IN_FLIGHT, REQUEST
 from paramdiff.machine import cores
 from paramdiff.pairing import align
-from paramdiff.streaming import BLOCK, spans
+from paramdiff.streaming import BATCH, BLOCK, spans
 
 SCRATCH = 24 * BLOCK * 8  # bytes of temporaries of one worker: two dozen float64 arrays of a block
 
@@ -39,7 +39,7 @@ def cost(
             read = [t for t in alignment.tensors if not (number and t.same_file)]
             nbytes = sum(t.numel * t.sides[number].bits_read // 8 for t in read)
             remote = not checkpoint.is_local
-            memory += min(cores() * (AHEAD + REQUEST), nbytes) if remote else 0
+            memory += min(cores() * 2 * BATCH, nbytes) if remote else 0
             requests = -(-nbytes // REQUEST) if remote else 0
             found[name] = {"ref": sides[number].ref, "bytes": nbytes, "requests": requests}
         found["bytes"] = sum(span.nbytes for span in spans(alignment))

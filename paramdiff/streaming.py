@@ -154,6 +154,15 @@ def announce(alignment: Alignment, work: Sequence[Span], block: int = BLOCK) -> 
         checkpoint.announce(parts)
 
 
+def ahead(alignment: Alignment, work: Sequence[Span], block: int = BLOCK) -> Iterator[Span]:
+    """The spans in turn, each batch announced while the one before it is in work."""
+    groups = batches(alignment, work)
+    for number, group in enumerate(groups):
+        for near in groups[number + (number > 0) : number + 2]:
+            announce(alignment, near, block)
+        yield from group
+
+
 class Room(Protocol):
     """Where the raw bytes of one window go: `take` gives a buffer of `nbytes` for a side, valid until the next window."""
 

@@ -56,7 +56,7 @@ def _time(seconds: float) -> str:
     """Seconds as people say them.
 
     >>> _time(0.2), _time(75), _time(4000)
-    ('under a second', '1 min 15 s', '1 h 7 min')
+    ('under a second', '1 min 15 s', '1 h 6 min')
     """
     if seconds < 1:
         return "under a second"

@@ -107,12 +107,12 @@ def compared(base: str, tuned: str, *, quiet: bool, out: str | None, download: b
     if download:
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-        from paramdiff.checkpoints import hub
+        from paramdiff.checkpoints import places
 
         if quiet or not sys.stderr.isatty():
             disable_progress_bars()
         for ref in (base, tuned):
-            hub.download(ref)
+            places.download(ref)
     with progress_bar(quiet) as progress:
         diff = paramdiff.compare(base, tuned, progress=progress, **options)
     if not quiet:

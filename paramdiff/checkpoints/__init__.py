@@ -6,6 +6,7 @@ from importlib import import_module
 
 from paramdiff.checkpoints.base import Checkpoint, TensorInfo
 from paramdiff.checkpoints.locate import locate, read_config
+from paramdiff.checkpoints.places import shown, split_key
 from paramdiff.checkpoints.quantised import dequantised
 
 __all__ = ["Checkpoint", "TensorInfo", "open", "open_pair"]
@@ -36,10 +37,10 @@ def open(ref: str) -> Checkpoint:
     'BF16'
     >>> checkpoint.close()
     """
-    path, _, key = ref.partition("::")
-    located = locate(path)
+    path, key = split_key(ref)
+    located, ref = locate(path), shown(ref)
     container = import_module(f"paramdiff.checkpoints.{CONTAINERS[located.format]}")
-    checkpoint: Checkpoint = container.open(ref, located, read_config(located.directory), key or None)
+    checkpoint: Checkpoint = container.open(ref, located, read_config(located.directory), key)
     try:
         return dequantised(checkpoint)
     except BaseException:

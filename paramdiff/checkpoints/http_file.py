@@ -6,11 +6,14 @@ that it is for and to no other.
 
 from __future__ import annotations
 
+import random
 import re
+import time
 from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from paramdiff.checkpoints.ranges import IN_FLIGHT, RangeFile
 from paramdiff.errors import BrokenFile, ChangedWhileReading, CheckpointError, NotFound
@@ -18,6 +21,7 @@ from paramdiff.errors import BrokenFile, ChangedWhileReading, CheckpointError, N
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager
 
+PAUSE = 0.3  # seconds, doubled with every attempt
 ATTEMPTS = 8  # without a byte of progress
 TIMEOUT = 60  # seconds without an answer, or a byte
 LONGEST_WAIT = 300  # seconds that a server may ask for
@@ -27,7 +31,7 @@ SAID = {
     "ReadTimeoutError": "no answer in time", "ConnectTimeoutError": "no connection in time",
     "ProtocolError": "the connection broke", "IncompleteRead": "the connection broke", "SSLError": "TLS failed",
 }  # fmt: skip
-EXPIRED = (401, 403, 404, 410)  # what a storage answers when the address that a redirect gave is no longer good
+EXPIRED = (400, 401, 403, 404, 410)  # what a storage answers when the address that a redirect gave is no longer good
 
 
 class HttpFile(RangeFile):
@@ -43,7 +47,12 @@ class HttpFile(RangeFile):
         self._etags: dict[str, str] = {}  # by host
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "url": self.url, "_headers": self._headers}
+        kept = {"url": self.url, "_headers": self._headers, "_etags": dict(self._etags)}  # a worker must see the same file
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._etags = state["_etags"]
 
     def _fetch(self, start: int, end: int) -> bytearray:
         """Bytes `start` to `end`, in as many requests as it takes. Raises `CheckpointError`."""
@@ -66,7 +75,11 @@ class HttpFile(RangeFile):
                 last = "the connection ended"
             except (HTTPError, OSError) as error:
                 last = said(error)
+                with self._lock:
+                    self._direct = None  # where a redirect led may be gone
             failures = 0 if done > before else failures + 1
+            if failures:
+                time.sleep(min(PAUSE * 2**failures, 30) * random.uniform(0.8, 1.2))
         return data
 
     def _parts(self, start: int, end: int) -> Iterator[bytes]:
@@ -106,7 +119,7 @@ class HttpFile(RangeFile):
 
     def _request(self, url: str, asked: dict[str, str]) -> BaseHTTPResponse:
         own = self._headers if urlsplit(url)[:2] == urlsplit(self.url)[:2] else {}
-        return pool().request("GET", url, headers={**own, **asked}, preload_content=False)
+        return request(url, {**own, **asked}, connect=0, read=0)  # of which `_fetch` has its own attempts
 
     def _check(self, response: BaseHTTPResponse, start: int, end: int, host: str) -> None:
         refuse(response.status, self.name)
@@ -141,7 +154,12 @@ def _led_to(response: BaseHTTPResponse) -> str | None:
 
 def size_of(url: str, name: str, headers: dict[str, str] | None = None) -> int | None:
     """The size of a file behind a url, or None where there is none. Raises `CheckpointError` for other answers."""
-    response = pool().request("GET", url, headers={**(headers or {}), "Range": "bytes=0-0"}, preload_content=False)
+    from urllib3.exceptions import HTTPError
+
+    try:
+        response = request(url, {**(headers or {}), "Range": "bytes=0-0"}, connect=1, read=1)
+    except (HTTPError, ValueError) as error:
+        raise NotFound(f"{name} could not be asked for ({said(error)}).", hint="Check the address and connection.") from None
     response.close()
     if response.status == 404:
         return None
@@ -169,8 +187,17 @@ def refuse(status: int, name: str) -> None:
         )
 
 
+def request(url: str, headers: dict[str, str], **retries: int) -> BaseHTTPResponse:
+    """Ask for a url, through the proxy that the environment names for it. `retries` are those of urllib3's `Retry`."""
+    parts = urlsplit(url)
+    proxy = None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+    connections = pool(proxy)
+    patient = connections.connection_pool_kw["retries"].new(**retries)
+    return connections.request("GET", url, headers=headers, preload_content=False, retries=patient)
+
+
 @cache
-def pool() -> PoolManager:
+def pool(proxy: str | None) -> PoolManager:
     """Connections of this process, and how requests are repeated: as the server asks, else after growing pauses."""
     import urllib3
 
@@ -185,11 +212,12 @@ def pool() -> PoolManager:
             return found
 
     patient = Patient(
-        total=12, connect=5, read=5, redirect=5, status=8, backoff_factor=0.3, backoff_max=30, backoff_jitter=0.2,
+        total=12, connect=5, read=5, redirect=5, status=8, backoff_factor=PAUSE, backoff_max=30, backoff_jitter=0.2,
         status_forcelist=BUSY, raise_on_status=False, respect_retry_after_header=True, retry_after_max=LONGEST_WAIT,
     )  # fmt: skip
-    timeout = urllib3.Timeout(connect=20, read=TIMEOUT)
-    return urllib3.PoolManager(num_pools=8, maxsize=IN_FLIGHT + 4, retries=patient, timeout=timeout)
+    settings: dict[str, Any] = {"num_pools": 8, "maxsize": IN_FLIGHT + 4, "retries": patient}
+    settings["timeout"] = urllib3.Timeout(connect=20, read=TIMEOUT)
+    return urllib3.ProxyManager(proxy, **settings) if proxy else urllib3.PoolManager(**settings)
 
 
 def said(error: BaseException) -> str:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from paramdiff.checkpoints.http_file import HttpFile, pool, said
-from paramdiff.checkpoints.tree import TreePath
+from paramdiff.checkpoints.http_file import HttpFile, request, said
+from paramdiff.checkpoints.tree import TreePath, directories_of
 from paramdiff.errors import BrokenFile, CheckpointError, NotFound
 
 SCHEME = "hf://"
@@ -32,7 +32,7 @@ class Listed:
     content: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Repository:
     """A repository at one commit."""
 
@@ -40,6 +40,7 @@ class Repository:
     commit: str
     files: Mapping[str, Listed]
     endpoint: str | None = None
+    warning: str | None = None
 
 
 def looks_like(ref: str) -> bool:
@@ -82,6 +83,9 @@ class HubPath(TreePath):
     def _names(self) -> Iterable[str]:
         return self.repository.files
 
+    def _directories(self) -> Collection[str]:
+        return _directories(self.repository)
+
     @property
     def name(self) -> str:
         return self._path.name or self._repo.rpartition("/")[2]
@@ -102,6 +106,14 @@ class HubPath(TreePath):
 
         url = hf_hub_url(self._repo, name, revision=repository.commit, endpoint=repository.endpoint)
         return HttpFile(url, repository.files[name].size, str(self), _headers())
+
+    def download(self) -> None:
+        """Put it into the local cache."""
+        from huggingface_hub import snapshot_download
+
+        repository = self.repository
+        wanted = [str(self._path), f"{self._path}/*"] if self._within else None
+        snapshot_download(repository.id, revision=repository.commit, endpoint=repository.endpoint, allow_patterns=wanted)
 
     @property
     def content(self) -> str | None:  # type: ignore[override]
@@ -124,18 +136,9 @@ def path(ref: str, *, guessed: bool = False) -> HubPath:
     return HubPath(repo, revision, within, ref if guessed else None)
 
 
-def download(ref: str) -> None:
-    """Put what a reference to the Hub names into the local cache, from which it is read then. Of other references nothing.
-
-    Raises as `listed` does.
-    """
-    from huggingface_hub import snapshot_download
-
-    if Path(ref).exists() or not (ref.startswith(SCHEME) or looks_like(ref)):
-        return
-    repository, within = path(ref, guessed=not ref.startswith(SCHEME)).repository, split(ref)[2]
-    wanted = [within, f"{within}/*"] if within else None
-    snapshot_download(repository.id, revision=repository.commit, endpoint=repository.endpoint, allow_patterns=wanted)
+@cache
+def _directories(repository: Repository) -> frozenset[str]:
+    return directories_of(repository.files)
 
 
 def _headers() -> dict[str, str]:
@@ -163,9 +166,12 @@ def listed(repo: str, revision: str | None, endpoint: str | None) -> Repository:
     where = repo + (f"@{revision}" if revision else "")
     base = (endpoint or constants.ENDPOINT).rstrip("/")
     url = f"{base}/api/models/{repo}" + (f"/revision/{quote(revision, safe='')}" if revision else "")
+    if constants.HF_HUB_OFFLINE:
+        return _unreachable(repo, revision, "HF_HUB_OFFLINE is set", None)
     try:
-        retries = pool().connection_pool_kw["retries"].new(connect=1)  # most likely there is no network, or no such path
-        answer = pool().request("GET", f"{url}?blobs=true", headers=_headers(), retries=retries)
+        # Few attempts: where there is no network, most likely a local path was mistyped.
+        answer = request(f"{url}?blobs=true", _headers(), connect=1, read=1)
+        data = answer.data
     except HTTPError as error:
         return _unreachable(repo, revision, said(error), error)
     code = answer.headers.get("X-Error-Code", "")
@@ -184,7 +190,7 @@ def listed(repo: str, revision: str | None, endpoint: str | None) -> Repository:
     if answer.status != 200:
         return _unreachable(repo, revision, f"it answered {answer.status}", None)
     try:
-        about = json.loads(answer.data.decode("utf-8"))
+        about = json.loads(data.decode("utf-8"))
         files = {str(one["rfilename"]): _listed(one) for one in about["siblings"]}
         return Repository(repo, str(about["sha"]), files, base)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -204,7 +210,10 @@ def _unreachable(repo: str, revision: str | None, why: str, error: BaseException
             f"The Hub could not be asked for {repo}{f'@{revision}' if revision else ''} ({why}).",
             hint="Check the spelling, or the connection and HF_ENDPOINT.",
         ) from error
-    return found
+    said_so = (
+        f"The Hub could not be asked for {repo} ({why}); what the local cache holds of it is read, of commit {found.commit}."
+    )
+    return replace(found, warning=said_so)
 
 
 def _offline(repo: str, revision: str | None) -> Repository | None:

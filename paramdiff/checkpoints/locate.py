@@ -11,7 +11,7 @@ from typing import Any
 
 from paramdiff.checkpoints import hub, layouts
 from paramdiff.checkpoints.base import Located
-from paramdiff.checkpoints.places import Place, place, read_small
+from paramdiff.checkpoints.places import Place, WebPath, place, read_small
 from paramdiff.errors import BrokenFile, CheckpointError, NotFound, UnsupportedFormat
 
 
@@ -64,10 +64,14 @@ def locate(ref: str) -> Located:
     """
     try:
         path = place(ref)
+        ref = str(path) if isinstance(path, WebPath) else ref
         if path.is_dir():
-            return _directory(ref, path)
+            located = _directory(ref, path)
+            if isinstance(path, hub.HubPath) and path.repository.warning:
+                located.warnings.append(path.repository.warning)
+            return located
         if not path.exists():
-            raise _no_such_path(ref if isinstance(path, Path) else str(path))
+            raise _no_such_path(ref)
     except OSError as error:  # a parent that may not be searched, a name that is too long
         raise NotFound(f"Cannot look at {ref}: {error.strerror}.") from error
     if (

@@ -179,7 +179,9 @@ class Assembled(OnFiles):
             if strip.at < end and strip.end > start:
                 first = max(0, (start - strip.at) // strip.pitch)
                 last = min(strip.count - 1, (end - 1 - strip.at) // strip.pitch)
-                yield strip.file, strip.start + first * strip.run, strip.start + (last + 1) * strip.run
+                low = min(max(0, start - strip.at - first * strip.pitch), strip.run)
+                high = min(end - strip.at - last * strip.pitch, strip.run)
+                yield strip.file, strip.start + first * strip.run + low, strip.start + last * strip.run + high
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         end = offset + len(buffer)

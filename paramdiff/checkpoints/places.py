@@ -12,7 +12,7 @@ from paramdiff.checkpoints.http_file import HttpFile, size_of
 from paramdiff.checkpoints.hub import HubPath
 from paramdiff.checkpoints.store import StorePath
 from paramdiff.checkpoints.tree import MAX_SMALL, whole
-from paramdiff.errors import CheckpointError, NotFound
+from paramdiff.errors import BrokenFile, CheckpointError, NotFound
 
 WEB = ("http://", "https://")
 
@@ -54,8 +54,9 @@ class WebPath:
         return self._at(self._path / name)
 
     def __str__(self) -> str:
-        """The address without its query, which may hold a signature."""
-        return self._parts._replace(query="", fragment="").geturl()
+        """The address without its query and user, which may hold a signature or a password."""
+        host = self._parts.netloc.rpartition("@")[2]
+        return self._parts._replace(netloc=host, query="", fragment="").geturl()
 
     def __fspath__(self) -> str:
         return self._parts.geturl()
@@ -80,8 +81,8 @@ class WebPath:
             self._asked = True
             try:
                 self._size = size_of(self._parts.geturl(), str(self))
-            except CheckpointError:  # storages often forbid what is not there
-                if not self._guessed:
+            except CheckpointError as error:  # storages often forbid what is not there
+                if not self._guessed or isinstance(error, BrokenFile):
                     raise
         return self._size is not None
 
@@ -110,18 +111,44 @@ def place(ref: str) -> Place:
     if ref.startswith(hub.SCHEME):
         return hub.path(ref)
     if ref.startswith(WEB):
-        return WebPath(ref)
+        try:
+            return WebPath(ref)
+        except ValueError as error:
+            raise NotFound(f"{ref.partition('?')[0]} is no address.") from error
     if ref.startswith(store.SCHEMES):
         return store.path(ref)
     try:
         path = Path(ref).expanduser()
-        if not path.exists() and hub.looks_like(ref) and not path.parent.exists():
+        if not path.exists() and hub.looks_like(ref) and not Path(path.parts[0]).exists():
             return hub.path(ref, guessed=True)
         return path
     except RuntimeError as error:
         raise NotFound(f"No such path: {ref} (there is no such user).") from error
     except OSError as error:  # a parent that may not be searched, a name that is too long
         raise NotFound(f"Cannot look at {ref}: {error.strerror}.") from error
+
+
+def split_key(ref: str) -> tuple[str, str | None]:
+    """What a reference points to, and the entry within that `::` names.
+
+    >>> split_key("run.pt::model"), split_key("http://[::1]/run.pt::ema")
+    (('run.pt', 'model'), ('http://[::1]/run.pt', 'ema'))
+    """
+    before, slash, last = ref.rpartition("/") if ref.startswith(WEB) else ("", "", ref)
+    last, _, key = last.partition("::")
+    return before + slash + last, key or None
+
+
+def shown(ref: str) -> str:
+    """A reference as it may be printed and written: of an address, without what may be secret."""
+    return str(place(split_key(ref)[0])) if ref.startswith(WEB) else ref
+
+
+def download(ref: str) -> None:
+    """Put what a reference to the Hub names into the local cache, from which it is read then; of others nothing."""
+    where = place(split_key(ref)[0])
+    if isinstance(where, HubPath):
+        where.download()
 
 
 def matching(where: Place, pattern: str) -> list[Place]:

@@ -26,11 +26,21 @@ IN_FLIGHT = 8  # requests of one process
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One request, for bytes `start` to `end`, of which `needed` will be read."""
+    """One request, for the bytes from the first of `parts` to the last, of which those of `parts` will be read."""
 
-    start: int
-    end: int
-    needed: int
+    parts: tuple[tuple[int, int], ...]
+
+    @property
+    def start(self) -> int:
+        return self.parts[0][0]
+
+    @property
+    def end(self) -> int:
+        return self.parts[-1][1]
+
+    @property
+    def needed(self) -> int:
+        return sum(end - start for start, end in self.parts)
 
 
 class RangeFile:
@@ -89,6 +99,10 @@ class RangeFile:
         self._coming[wanted] = _crew().submit(self._fetch, wanted.start, wanted.end)
         self._left[wanted] = wanted.needed
 
+    def read_whole(self) -> bytes:
+        """All of a small file, in one request."""
+        return bytes(self._fetch(0, self.size)) if self.size else b""
+
     def read_into(self, position: int, buffer: memoryview) -> int:
         """Fill `buffer`, as far as the file goes. Returns how many bytes that are."""
         done, wanted = 0, max(0, min(len(buffer), self.size - position))
@@ -102,14 +116,15 @@ class RangeFile:
     def _announced(self, at: int, length: int) -> memoryview | None:
         """Up to `length` bytes of an announced range from byte `at` on, if there is one. What was read is let go."""
         with self._lock:
-            found = next((w for w in (*self._coming, *self._planned) if w.start <= at < w.end), None)
+            announced = ((w, e) for w in (*self._coming, *self._planned) for s, e in w.parts if s <= at < e)
+            found, end = next(announced, (None, 0))
             if found is None:
                 return None
             if found not in self._coming:
                 self._planned.remove(found)
                 self._begin(found)
             future = self._coming[found]
-        part = memoryview(future.result())[at - found.start : at - found.start + length]
+        part = memoryview(future.result())[at - found.start : min(at + length, end) - found.start]
         with self._lock:
             if found in self._left:
                 self._left[found] -= len(part)
@@ -136,7 +151,7 @@ def _requests(ranges: Iterable[tuple[int, int]]) -> Iterator[Wanted]:
     """Ranges as they are asked for: neighbours together, none over `REQUEST` bytes.
 
     >>> [*_requests([(0, 10), (20, 30), (5_000_000, 5_000_010)])]
-    [Wanted(start=0, end=30, needed=20), Wanted(start=5000000, end=5000010, needed=10)]
+    [Wanted(parts=((0, 10), (20, 30))), Wanted(parts=((5000000, 5000010),))]
     """
     joined: list[list[tuple[int, int]]] = []
     for start, end in sorted(ranges):
@@ -151,9 +166,9 @@ def _requests(ranges: Iterable[tuple[int, int]]) -> Iterator[Wanted]:
         count = -(-(last - first) // REQUEST)
         for number in range(count):
             low, high = first + (last - first) * number // count, first + (last - first) * (number + 1) // count
-            needed = sum(max(0, min(end, high) - max(start, low)) for start, end in parts)
-            if needed:
-                yield Wanted(low, high, needed)
+            within = tuple((max(start, low), min(end, high)) for start, end in parts if start < high and end > low)
+            if within:
+                yield Wanted(within)
 
 
 class Crew:

@@ -6,13 +6,13 @@ AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, â€
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
 from paramdiff.checkpoints.ranges import RangeFile
-from paramdiff.checkpoints.tree import TreePath
+from paramdiff.checkpoints.tree import TreePath, directories_of
 from paramdiff.errors import BrokenFile, ChangedWhileReading, CheckpointError, NotFound, UnsupportedFormat
 
 SCHEMES = ("s3://", "gs://", "az://")
@@ -59,6 +59,9 @@ class StorePath(TreePath):
 
     def _names(self) -> Iterable[str]:
         return _listed(self._bucket, self._root)
+
+    def _directories(self) -> Collection[str]:
+        return _directories(self._bucket, self._root)
 
     def __str__(self) -> str:
         return f"{self._bucket}/{self._within}".rstrip("/")
@@ -112,6 +115,11 @@ def _listed(bucket: str, root: str) -> dict[str, int]:
         return {one["path"]: one["size"] for part in obstore.list(store, prefix=root or None) for one in part}
     except Exception as error:
         raise _said(error, f"{bucket}/{root}") from error
+
+
+@cache
+def _directories(bucket: str, root: str) -> frozenset[str]:
+    return directories_of(_listed(bucket, root))
 
 
 def _head(bucket: str, name: str) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -78,8 +78,11 @@ class TreePath(ABC):
     def is_file(self) -> bool:
         return str(self._path) in self._names()
 
+    def _directories(self) -> Collection[str]:
+        return directories_of(self._names())
+
     def is_dir(self) -> bool:
-        return not self._within or any(name.startswith(self._within) for name in self._names())
+        return not self._within or str(self._path) in self._directories()
 
     def exists(self) -> bool:
         return self.is_file() or self.is_dir()
@@ -101,10 +104,13 @@ class TreePath(ABC):
         return found.read_bytes() if isinstance(found, Path) else whole(found, limit)
 
 
+def directories_of(names: Iterable[str]) -> frozenset[str]:
+    """The directories that files of these paths lie in."""
+    return frozenset(str(parent) for name in names for parent in PurePosixPath(name).parents)
+
+
 def whole(file: RangeFile, limit: int) -> bytes:
     """All bytes of a file. Raises `BrokenFile` where they are over `limit`."""
     if file.size > limit:
         raise BrokenFile(f"{file.name} is over {limit:,} bytes long.")
-    data = bytearray(file.size)
-    file.read_into(0, memoryview(data))
-    return bytes(data)
+    return file.read_whole()

@@ -17,7 +17,7 @@ from paramdiff.arrays import numpy_arrays
 from paramdiff.machine import cores
 from paramdiff.measures import Accumulator, Measure, Options, fold
 from paramdiff.pairing import Alignment
-from paramdiff.streaming import BLOCK, Buffers, Span, announce, windows
+from paramdiff.streaming import BLOCK, Buffers, Span, ahead, windows
 
 Result = tuple[Span, dict[str, Accumulator]]
 Results = Generator[Result, None, None]
@@ -37,15 +37,15 @@ def run(
 
     The first error of any thread stops the others and is raised here.
     """
-    announce(alignment, work, block)
-    pending: queue.SimpleQueue[Span] = queue.SimpleQueue()
-    for span in work:
-        pending.put(span)
+    pending = ahead(alignment, work, block)
+    turn = threading.Lock()
     done: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
     stop = threading.Event()
     crew = [
         threading.Thread(
-            target=_work, args=(alignment, measures, options, block, pending, done, stop), name=f"paramdiff-{number}"
+            target=_work,
+            args=(alignment, measures, options, block, pending, turn, done, stop),
+            name=f"paramdiff-{number}",
         )
         for number in range(min(threads or cores(), len(work)))
     ]
@@ -80,15 +80,20 @@ def _work(
     measures: Sequence[Measure],
     options: Options,
     block: int,
-    pending: queue.SimpleQueue[Span],
+    pending: Iterator[Span],
+    turn: threading.Lock,
     done: queue.SimpleQueue[Any],
     stop: threading.Event,
 ) -> None:
     x, buffers = numpy_arrays(), Buffers(len(alignment.checkpoints))
     while not stop.is_set():
         try:
-            span = pending.get_nowait()
-        except queue.Empty:
+            with turn:
+                span = next(pending)
+        except StopIteration:
+            return
+        except BaseException as error:  # handed to the thread that waits, which raises it
+            done.put(error)
             return
         try:
             tensor = alignment.tensors[span.tensor]

@@ -17,7 +17,7 @@ from paramdiff.engines.threads import Results
 from paramdiff.errors import DeviceError
 from paramdiff.measures import Measure, Options, fold
 from paramdiff.pairing import Aligned, Alignment
-from paramdiff.streaming import Grid, Span, Window, announce, read_window, spans
+from paramdiff.streaming import Grid, Span, Window, ahead, read_window, spans
 
 if TYPE_CHECKING:
     import torch
@@ -91,12 +91,15 @@ def run(
 
     x = TorchArrays(device)
     work = spans(alignment, block, span_bytes=1 << 62)
-    announce(alignment, work, block)
     cuda = device.type == "cuda"
     copies = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
     free = deque(Slot(device, len(alignment.checkpoints)) for _ in range(SLOTS))
     reading: deque[tuple[Window, Slot, Future[Any]]] = deque()
-    upcoming = ((alignment.tensors[span.tensor], window) for span in work for window in _windows(alignment, span, block))
+    upcoming = (
+        (alignment.tensors[span.tensor], window)
+        for span in ahead(alignment, work, block)
+        for window in _windows(alignment, span, block)
+    )
 
     with ThreadPoolExecutor(READERS, thread_name_prefix="paramdiff-read") as pool:
 

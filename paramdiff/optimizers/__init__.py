@@ -6,6 +6,7 @@ from importlib import import_module
 from os import PathLike, fspath
 
 from paramdiff.checkpoints.base import understood
+from paramdiff.checkpoints.places import shown, split_key
 from paramdiff.optimizers.find import find
 from paramdiff.optimizers.state import OptimizerState, Parameter, ParameterState
 
@@ -36,9 +37,9 @@ def optimizer(ref: str | PathLike[str]) -> OptimizerState:
     (96,)
     >>> state.close()
     """
-    path, _, key = fspath(ref).partition("::")
+    path, key = split_key(fspath(ref))
     kind, found = find(path)
     source = import_module(f"paramdiff.optimizers.{SOURCES[kind]}")
     with understood(found):
-        opened: OptimizerState = source.open(fspath(ref), found, key or None)
+        opened: OptimizerState = source.open(shown(fspath(ref)), found, key)
     return opened

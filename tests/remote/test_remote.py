@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import paramdiff
 from paramdiff import checkpoints, engines
 from paramdiff.checkpoints import http_file, hub, places, ranges
-from paramdiff.errors import BrokenFile, ChangedWhileReading, CheckpointError, NotFound
+from paramdiff.errors import BrokenFile, ChangedWhileReading, CheckpointError, NotFound, UnsupportedFormat
 from tests.cli.helpers import SAMPLE, assert_sentence, environment, run, run_json
 from tests.remote.server import COMMIT, Asked, Hub, running
 
@@ -31,7 +31,8 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     hub.listed.cache_clear()
-    monkeypatch.setattr(http_file.pool().connection_pool_kw["retries"], "backoff_factor", 0.01)
+    monkeypatch.setattr(http_file.pool(None).connection_pool_kw["retries"], "backoff_factor", 0.01)
+    monkeypatch.setattr(http_file, "PAUSE", 0.01)
     yield
     hub.listed.cache_clear()
 
@@ -319,3 +320,146 @@ def test_a_file_that_is_the_same_on_both_sides_is_read_once(served: Hub, tmp_pat
     assert diff.run["bytes_read"] == 3 * 600 * 700 * 4
     fetched = sum(end - start for start, end in served.ranges(f"org/y/resolve/{COMMIT}/model-00001-of-00002.safetensors"))
     assert fetched <= ranges.BLOCK  # its header
+
+
+def remote(ref: str) -> http_file.HttpFile:
+    where = places.place(ref)
+    assert isinstance(where, hub.HubPath)
+    found = where.open()
+    assert isinstance(found, http_file.HttpFile)
+    return found
+
+
+def test_a_worker_sees_the_file_that_was_opened(served: Hub) -> None:
+    """Another content of the same size, from the moment that the file has gone to a worker."""
+    found = remote("hf://org/base/model.safetensors")
+    found.read_into(0, memoryview(bytearray(100)))
+    served.fault = lambda asked: "changed" if asked.server == "cdn" else None
+    again = pickle.loads(pickle.dumps(found))
+    with pytest.raises(ChangedWhileReading, match="was replaced"):
+        again.read_into(0, memoryview(bytearray(100)))
+
+
+def test_where_a_redirect_led_may_be_gone(served: Hub) -> None:
+    found = remote("hf://org/base/model.safetensors")
+    found._direct = "http://127.0.0.1:9/gone"
+    data = bytearray(100)
+    assert found.read_into(0, memoryview(data)) == 100
+    assert bytes(data) == (SAMPLE / "base" / "model.safetensors").read_bytes()[:100]
+
+
+def test_announcements_that_overlap(served: Hub) -> None:
+    found = remote("hf://org/base/model.safetensors")
+    found.announce([(0, 1000), (2000, 3000)])
+    found.announce([(1000, 2000)])
+    whole = bytearray(3000)
+    assert found.read_into(0, memoryview(whole)) == 3000
+    assert bytes(whole) == (SAMPLE / "base" / "model.safetensors").read_bytes()[:3000]
+    assert not found._coming
+
+
+def test_a_part_of_a_piece_is_announced_alone(tmp_path: Path) -> None:
+    import warnings
+
+    import torch.distributed.checkpoint
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = {"w": torch.randn(500, 40), "v": torch.randn(7)}
+        torch.distributed.checkpoint.save(tensors, checkpoint_id=str(tmp_path / "c"), no_dist=True)
+    opened: Any = checkpoints.open(str(tmp_path / "c"))
+    ((_, low, high),) = opened._stored("w", 1000, 3000)
+    assert high - low == 2000
+    ((_, first, _),) = opened._stored("w", 0, 8)
+    assert low - first == 1000
+
+
+def test_more_than_a_file_at_a_time_is_not_held(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve shards a side, in threads: what is announced stays near what is being read."""
+    from paramdiff import streaming
+
+    monkeypatch.setattr(streaming, "BATCH", 1 << 20)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(12):
+            save_file(
+                {f"layers.{number}.weight": torch.randn(512, 512)},
+                tmp_path / name / f"model-{number + 1:05d}-of-00012.safetensors",
+            )
+        served.repos[f"org/{name}"] = tmp_path / name
+    announced: list[int] = []
+    announce = streaming.announce
+    monkeypatch.setattr(streaming, "announce", lambda *args: (announced.append(len(args[1])), announce(*args))[1])
+    same(paramdiff.compare("org/a", "org/b", threads=1), paramdiff.compare(tmp_path / "a", tmp_path / "b"))
+    assert max(announced) <= 2  # spans at once
+    assert sum(announced) == 24  # of both comparisons
+
+
+def test_a_neighbour_that_is_busy_is_not_called_missing(served: Hub, tmp_path: Path) -> None:
+    shutil.copytree(SAMPLE / "rl-sgd", tmp_path / "m")
+    served.repos["org/m"] = tmp_path / "m"
+    served.redirect = False
+    served.fault = lambda asked: (503, {}) if "00003" in asked.path else None
+    index = next((tmp_path / "m").glob("*.index.json")).name
+    with pytest.raises(BrokenFile, match="503"):
+        checkpoints.open(f"{served.url}/org/m/resolve/main/{index}")
+
+
+def test_a_small_file_may_come_whole(served: Hub, tmp_path: Path) -> None:
+    shutil.copytree(SAMPLE / "base", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"long": "x" * (2 << 20)}))
+    served.repos["org/m"] = tmp_path / "m"
+    served.fault = lambda asked: "whole" if asked.path.endswith("json") else None
+    assert (checkpoints.open("org/m").config or {})["model_type"] == config["model_type"]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/m.safetensors?Signature=secret", "https://", "http://h:99999/m.bin",
+                                 "http://[foo/x.bin", "http://[::1]:9/m.safetensors::model"])  # fmt: skip
+def test_addresses_that_lead_nowhere(url: str) -> None:
+    with pytest.raises((NotFound, UnsupportedFormat)) as caught:
+        checkpoints.open(url)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None or "secret" not in str(caught.value.__cause__)
+
+
+def test_a_signature_stands_in_no_output(served: Hub, tmp_path: Path) -> None:
+    url = f"{served.cdn.replace('http://', 'http://user:password@')}/cdn/org/base/resolve/main/model.safetensors?Signature=secret"
+    done = run("sparsity", url, SAMPLE / "rl-sgd", "--out", tmp_path / "out", env=environment(HF_HOME=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
+    for text in (done.stdout, done.stderr, (tmp_path / "out" / "run.json").read_text()):
+        assert "secret" not in text
+        assert "password" not in text
+
+
+def test_a_mistyped_local_path_is_not_asked_of_the_hub(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "exp1").mkdir(parents=True)
+    with pytest.raises(NotFound, match="write hf://runs"):
+        checkpoints.open("runs/expp1/checkpoint-500")
+    places.download("runs/expp1")
+    assert served.log == []
+
+
+def test_offline_mode_is_kept(served: Hub, tmp_path: Path) -> None:
+    more = environment(HF_ENDPOINT=served.url, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+    assert_sentence(run("inspect", "org/base", env=more), 2, "HF_HUB_OFFLINE is set")
+    assert served.log == []
+
+
+def test_a_proxy_of_the_environment_is_used(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that only the proxy knows; the server on loopback stands in for one, as its handler sees the whole address."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("http_proxy", served.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    served.redirect = False
+    assert len(checkpoints.open("org/base").tensors) == 50
+
+
+def test_the_cache_in_place_of_the_hub_is_said(served: Hub) -> None:
+    from huggingface_hub import snapshot_download
+
+    snapshot_download("org/base", endpoint=served.url)
+    served.fault = lambda asked: (503, {}) if asked.path.startswith("/api/models") else None
+    opened = checkpoints.open("org/base")
+    assert any("it answered 503" in warning and COMMIT in warning for warning in opened.warnings)
