@@ -2,56 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import urlsplit
 
 from paramdiff.checkpoints import hub, store
 from paramdiff.checkpoints.http_file import HttpFile, size_of
 from paramdiff.checkpoints.hub import HubPath
 from paramdiff.checkpoints.store import StorePath
-from paramdiff.checkpoints.tree import MAX_SMALL, whole
+from paramdiff.checkpoints.tree import MAX_SMALL, TreePath
 from paramdiff.errors import BrokenFile, CheckpointError, NotFound
 
 WEB = ("http://", "https://")
 
 
-class WebPath:
-    """A file behind a URL, and its neighbours; there is no way to list them. See `HubPath`."""
+class WebPath(TreePath):
+    """A file behind a URL, and its neighbours; there is no way to list them."""
 
     def __init__(self, url: str, *, guessed: bool = False) -> None:
         self._guessed = guessed  # a neighbour of what was given, which may or may not be there
         self._parts = urlsplit(url)
-        self._path = PurePosixPath(self._parts.path)
         self._size: int | None = None
         self._asked = False
-
-    @property
-    def name(self) -> str:
-        return self._path.name
-
-    @property
-    def suffix(self) -> str:
-        return self._path.suffix
-
-    @property
-    def stem(self) -> str:
-        return self._path.stem
-
-    @property
-    def parent(self) -> WebPath:
-        return self._at(self._path.parent)
-
-    @property
-    def parents(self) -> list[WebPath]:
-        return [self._at(parent) for parent in self._path.parents]
+        super().__init__(self._parts.path)
 
     def _at(self, path: PurePosixPath) -> WebPath:
         return WebPath(self._parts._replace(path=str(path)).geturl(), guessed=True)
 
-    def __truediv__(self, name: str) -> WebPath:
-        return self._at(self._path / name)
+    def _names(self) -> Iterable[str]:
+        return ()
 
     def __str__(self) -> str:
         """The address without its query and user, which may hold a signature or a password."""
@@ -61,20 +40,11 @@ class WebPath:
     def __fspath__(self) -> str:
         return self._parts.geturl()
 
-    def match(self, pattern: str) -> bool:
-        return self._path.match(pattern)
-
     def is_dir(self) -> bool:
         return False
 
     def is_file(self) -> bool:
         return self.exists()
-
-    def iterdir(self) -> Iterator[WebPath]:
-        return iter(())
-
-    def glob(self, pattern: str) -> Iterator[WebPath]:
-        return iter(())
 
     def exists(self) -> bool:
         if not self._asked:
@@ -86,18 +56,10 @@ class WebPath:
                     raise
         return self._size is not None
 
-    def read_bytes(self, limit: int = MAX_SMALL) -> bytes:
-        return whole(self.open(), limit)
-
     def open(self) -> HttpFile:
         if not self.exists() or self._size is None:
             raise NotFound(f"{self} is not there.")
         return HttpFile(self._parts.geturl(), self._size, str(self))
-
-    content: str | None = None
-
-    def provenance(self) -> dict[str, Any]:
-        return {}
 
 
 Place = Path | HubPath | StorePath | WebPath
