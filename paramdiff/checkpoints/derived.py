@@ -108,10 +108,15 @@ class Derived:
         stored: list[tuple[str, int, int]] = []
         for name, start, end in parts:
             made = self._made.get(name)
-            if made is None and name not in self._codes:
+            if name in self._codes and made is None:
+                stored.append((self._codes[name].sources[0], start, end))
+            elif made is None:
                 stored.append((name, start, end))
             elif isinstance(made, View):
-                stored += made.stored(start, end)  # of others, which bytes they take is theirs to know
+                stored += made.stored(start, end)
+            elif made is not None and made.info.codes is not None and made.info.codes.numel == made.info.numel:
+                bits, wide = made.info.codes.type.bits, made.info.type.bits  # a code for each element, in their order
+                stored.append((made.sources[0], start * bits // wide, -(-end * bits // wide)))
         self._source.announce(stored)
 
     def sources(self, name: str) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ NOT_WEIGHTS = re.compile(
     r"(^|_|\b)(optim\w*|(lr_)?sched\w*|scaler|rng\w*|ema|args|hyper\w*|loops|callbacks)($|_|\b)", re.IGNORECASE
 )
 Storages = Mapping[str, tuple[int, int]]  # (first byte, bytes) of each, by its key
+LOCAL_HEADER = 30  # bytes of a member's own header in a zip archive, before its name
 MOST_MODULES = 10_000  # of a TorchScript archive
 DEEPEST = 3  # mappings within mappings in which weights are looked for
 
@@ -189,6 +190,8 @@ def _read_zip(path: str, files: Files, file: int, offset: int, length: int, seen
         if f"{root}constants.pkl" in members:
             seen[data] = _of_script(seen[data])
     storages = {}
+    begins = [offset + info.header_offset for name, info in members.items() if name.startswith(f"{root}data/")]
+    files.announce({file: [(begin, begin + LOCAL_HEADER) for begin in begins]})  # far apart: each a request, but all at once
     for name, info in members.items():
         if name.startswith(f"{root}data/"):
             start = member_start(files, file, info, offset, offset + length)
@@ -219,8 +222,8 @@ def member_start(files: Files, file: int, info: zipfile.ZipInfo, offset: int, en
 
     The archive is bytes `offset` to `end` of the file. Raises `ValueError`.
     """
-    header = files.read(file, offset + info.header_offset, 30)
-    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+    header = files.read(file, offset + info.header_offset, LOCAL_HEADER)
+    if len(header) < LOCAL_HEADER or header[:4] != b"PK\x03\x04":
         raise ValueError(f"its member {info.filename[:80]} is not where the directory says")
     name, extra = struct.unpack("<HH", header[26:30])
     start = int(offset + info.header_offset + 30 + name + extra)

@@ -463,3 +463,30 @@ def test_the_cache_in_place_of_the_hub_is_said(served: Hub) -> None:
     served.fault = lambda asked: (503, {}) if asked.path.startswith("/api/models") else None
     opened = checkpoints.open("org/base")
     assert any("it answered 503" in warning and COMMIT in warning for warning in opened.warnings)
+
+
+def test_opening_a_torch_file_takes_little_of_it(served: Hub, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    tensors = {f"layers.{n}.weight": torch.randn(1500, 1000) for n in range(6)}
+    torch.save(tensors, tmp_path / "m" / "pytorch_model.bin")
+    served.repos["org/m"] = tmp_path / "m"
+    opened = checkpoints.open("org/m")
+    assert set(opened.tensors) == set(tensors)
+    assert sum(end - start for start, end in served.ranges("pytorch_model.bin")) < 3 * ranges.BLOCK  # of 36 MB
+    same(paramdiff.compare("org/m", "org/m@v1"), paramdiff.compare(tmp_path / "m", tmp_path / "m"))
+
+
+def test_codes_of_quantised_weights_come_in_large_requests(served: Hub, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    weight = torch.randn(2048, 4096).to(torch.float8_e4m3fn)
+    save_file({"layers.0.mlp.up_proj.weight": weight, "layers.0.mlp.up_proj.weight_scale_inv": torch.rand(16, 32)},
+              tmp_path / "m" / "model.safetensors")  # fmt: skip
+    told = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"quantization_config": told}))
+    served.repos["org/m"] = tmp_path / "m"
+    diff = paramdiff.compare("org/m", tmp_path / "m", threads=1)
+    assert diff.tensors["stored_base"].to_list()[0] == "fp8_block"
+    same(diff, paramdiff.compare(tmp_path / "m", tmp_path / "m"))
+    asked = served.ranges("model.safetensors")
+    assert len(asked) < 6
+    assert sum(end - start for start, end in asked) < 3 * weight.numel()  # values and codes are compared
