@@ -7,7 +7,7 @@ from os import PathLike, fspath
 from typing import Any
 
 from paramdiff import checkpoints
-from paramdiff.checkpoints.ranges import IN_FLIGHT, REQUEST
+from paramdiff.checkpoints.ranges import REQUEST
 from paramdiff.machine import cores
 from paramdiff.pairing import align
 from paramdiff.streaming import BATCH, BLOCK, spans
@@ -44,7 +44,6 @@ def cost(
             found[name] = {"ref": sides[number].ref, "bytes": nbytes, "requests": requests}
         found["bytes"] = sum(span.nbytes for span in spans(alignment))
         found["same_file"] = sum(tensor.same_file for tensor in alignment.tensors)
-        found["in_flight"] = IN_FLIGHT
         found["memory"] = memory
         found["warnings"] = [*sides[0].warnings, *sides[1].warnings]
         return found

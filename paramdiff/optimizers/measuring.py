@@ -232,13 +232,7 @@ def _moments(
     if len(plans) == 2:
         here, there = (made.facts for made in plans)
         for reason, mine, theirs in (("only_first", here, there), ("only_second", there, here)):
-            coverage += [
-                Uncompared(
-                    n, reason.removeprefix("only_"), reason, "", tuple(mine[n]["shape"] or ()), "", mine[n]["numel"] or 0
-                )
-                for n in mine
-                if n not in theirs
-            ]
+            coverage += [_lone(mine[name], reason) for name in mine if name not in theirs]
     if apart is None:
         apart = _contradicted(rows)
         if apart and asked["gradient"]:
@@ -284,6 +278,7 @@ def _rounding(row: dict[str, Any]) -> float:
 
 
 def _lone(facts: dict[str, Any], reason: str) -> Uncompared:
+    """A parameter that only one of the two checkpoints has."""
     side = reason.removeprefix("only_")
     return Uncompared(facts["name"], side, reason, "", tuple(facts["shape"] or ()), "", facts["numel"] or 0)
 

@@ -36,7 +36,6 @@ class Plan:
     alignments: dict[Any, Alignment] = field(default_factory=dict)  # by roles and the checkpoints that they are read from
     recipes: dict[str, Recipe] = field(default_factory=dict)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → columns
-    idle: list[str] = field(default_factory=list)  # of parameters without moments
     coverage: list[Uncompared] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -80,13 +79,11 @@ def plan(
             )
         odd = next((read.info for read in own.values() if read.info.type.kind != "float"), None)
         if odd is not None:
-            made.idle.append(name)
             made.coverage.append(_left_out(name, "not_measured", f"stored as {odd.dtype}", own, parameter))
             continue
         reads = {role: own[slot] for role, slot in _slots_of(kind).items()}
         if not reads:
             reason = "not_measured" if own else "no_state"
-            made.idle.append(name)
             made.coverage.append(_left_out(name, reason, f"{kind.name}: {kind.absent}", own, parameter))
             continue
         if kind.absent:

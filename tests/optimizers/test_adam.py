@@ -506,3 +506,17 @@ def test_rates_that_differ_are_named(tmp_path: Path) -> None:
 
     done = run("adam", save(tmp_path / "c", *train(make, 2)[:2]))
     assert "learning rates 0.0001 to 0.01" in done.stdout
+
+
+def test_parameters_that_only_one_has_are_named(tmp_path: Path) -> None:
+    model, optimizer, _ = train(adamw, 2)
+    save(tmp_path / "a", model, optimizer)
+    save(tmp_path / "b", *train(lambda p: adamw([(n, q) for n, q in p if n != "norm.bias"]), 2)[:2])
+    for first, second, reason in (("a", "b", "only_first"), ("b", "a", "only_second")):
+        found = paramdiff.adam(tmp_path / first, tmp_path / second)
+        lone = found.coverage.filter(pl.col("reason") == reason)
+        assert lone["name"].to_list() == ["norm.bias"]
+        assert lone["numel"].to_list() == [8]
+        assert f"{'norm.bias'!r} is a parameter of only one of them" in found.run["no_gradient"]
+        told = run("adam", tmp_path / first, tmp_path / second).stdout
+        assert f"1 tensor, only in the {reason.removeprefix('only_')} checkpoint: norm.bias" in told
