@@ -115,6 +115,16 @@ class Diff:
         result["coverage"] = self._coverage()
         return result | {"bytes_read": self.run["bytes_read"], "seconds": self.run["seconds"]}
 
+    def plot(self, kind: str = "heatmap", *args: Any, **options: Any) -> Any:
+        """A plotly figure: "heatmap", "layers", "histogram", "spectrum" or "stripes", with what that function of
+        `paramdiff.plots` takes.
+
+        Raises `OptionError` for another kind.
+        """
+        from paramdiff import plots
+
+        return plots.of(kind)(self, *args, **options)
+
     def save(self, directory: Ref) -> None:
         """Write every table as Parquet, and run.json. Raises `OutputError`; what was there before then stays."""
         save_tables(Path(fspath(directory)), self.tables, self.run)

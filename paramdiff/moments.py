@@ -104,6 +104,16 @@ class Moments:
             result["no_gradient"] = self.run["no_gradient"]
         return result | {"bytes_read": self.run["bytes_read"], "seconds": self.run["seconds"]}
 
+    def plot(self, kind: str = "adam", *args: Any, **options: Any) -> Any:
+        """A plotly figure: "adam", "heatmap" or "layers", with what that function of
+        `paramdiff.plots` takes.
+
+        Raises `OptionError` for another kind.
+        """
+        from paramdiff import plots
+
+        return plots.of(kind)(self, *args, **options)
+
     def save(self, directory: Ref) -> None:
         """Write every table as Parquet, and run.json. Raises `OutputError`; what was there before then stays."""
         save_tables(Path(fspath(directory)), self.tables, self.run)

@@ -45,6 +45,29 @@ def save_tables(directory: str | Path, tables: Mapping[str, pl.DataFrame], run: 
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_aside(path: str | Path, content: bytes) -> None:
+    """Write one file under another name and rename it. Raises `OutputError`; what was there before then stays."""
+    target = Path(path)
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory", str(target))
+        handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # as any file that is written here, where mkstemp's is for its owner only
+        os.replace(temporary, target)
+    except OSError as error:
+        raise OutputError(f"Cannot write {target}: {error.strerror or error}.", hint="Nothing there was changed.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
 def _replace(target: Path, temporary: Path) -> None:
     """Move the older result out and the new one in, or neither."""
     new = sorted(path.name for path in (temporary / "new").iterdir())

@@ -13,7 +13,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from paramdiff_cli import adam, inspect, layers, plan, published, rank, sink, sparsity, subspace
+from paramdiff import wording
+from paramdiff_cli import adam, inspect, layers, plan, published, rank, sparsity, subspace
 
 app = typer.Typer(
     name="paramdiff",
@@ -103,5 +104,5 @@ def _fail(sentence: str, code: int) -> NoReturn:
         import traceback
 
         traceback.print_exc()
-    print(f"paramdiff: {sink.printable(sentence)}", file=sys.stderr)
+    print(f"paramdiff: {wording.printable(sentence)}", file=sys.stderr)
     raise SystemExit(code) from None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paramdiff import wording
 from paramdiff_cli import options, sink
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _print_table(entries: Any) -> None:
 
     table = render.make_table(["pair", "base", "algorithm", "unchanged by", "published", "source"], right_from=9)
     for entry in entries:
-        table.add_row(entry.name, entry.base, entry.algorithm, _notion(entry), render.percent(entry.sparsity), entry.source)
+        table.add_row(entry.name, entry.base, entry.algorithm, _notion(entry), wording.percent(entry.sparsity), entry.source)
     sink.console().print(table)
 
 
@@ -109,7 +110,7 @@ def _print_pair(diff: Diff, rows: list[dict[str, Any]]) -> None:
     table = render.make_table(["unchanged by", "published", "measured", "source"])
     for row in rows:
         notion = "bf16 value" if row["notion"] == "changed_bf16" else f"|Δ| ≤ {row['tolerance']:g}"
-        table.add_row(notion, render.percent(row["published"]), render.percent(row["measured"]), row["source"])
+        table.add_row(notion, wording.percent(row["published"]), wording.percent(row["measured"]), row["source"])
     console.print(table)
     if diff.run["options"]["compat"]:
         console.print("measured as the paper's script counts (--compat mukherjee2025)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from paramdiff_cli import sink
+from paramdiff import wording
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,26 +36,7 @@ def make_table(columns: Sequence[str], *, right_from: int = 1) -> Table:
 
 def plain(text: str) -> Text:
     """Text from a file: never read as markup, and without control codes."""
-    return Text(sink.printable(text))
-
-
-def percent(share: float | None) -> str:
-    """A share as a percentage with at least three significant digits of its smaller side.
-
-    >>> percent(0.99981234), percent(0.5), percent(1.0), percent(None)
-    ('99.9812 %', '50.00 %', '100 %', '–')
-    """
-    if share is None:
-        return "–"
-    if share in (0.0, 1.0):
-        return f"{share * 100:.0f} %"
-    small = min(share, 1 - share) * 100
-    digits = min(10, max(2, 2 - math.floor(math.log10(small))))
-    return f"{share * 100:.{digits}f} %"
-
-
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+    return Text(wording.printable(text))
 
 
 def show(console: Console, diff: Diff, out: str | None = None) -> None:
@@ -87,7 +67,7 @@ def heading(diff: Diff) -> Text:
     said += f" ({', '.join(from_what)})" if from_what else ""
     plural = "" if summary["tensors"] == 1 else "s"
     return Text(
-        f"base   {sink.printable(summary['base'])}\ntuned  {sink.printable(summary['tuned'])}\n"
+        f"base   {wording.printable(summary['base'])}\ntuned  {wording.printable(summary['tuned'])}\n"
         f"{summary['numel']:,} parameters in {summary['tensors']} tensor{plural}; {said}; "
         f"compared in {summary['compared_in'].replace('+', ' and ')}"
     )
@@ -103,10 +83,12 @@ def overall(diff: Diff) -> Table:
             every = undefined == diff.tensors.height
             label += " (the types differ)" if every else f" (the types of {undefined} tensors differ)"
         shown = "–" if summary[count] is None else f"{summary[count]:,}"
-        table.add_row(label, percent(summary[share]), shown, percent(_density(summary[share])))
+        table.add_row(label, wording.percent(summary[share]), shown, wording.percent(_density(summary[share])))
     for entry in summary["tolerances"]:
         label = f"{summary.get('compat', '|Δ|')} ≤ {entry['tol']:g}"
-        table.add_row(label, percent(entry["sparsity"]), f"{entry['above']:,}", percent(_density(entry["sparsity"])))
+        table.add_row(
+            label, wording.percent(entry["sparsity"]), f"{entry['above']:,}", wording.percent(_density(entry["sparsity"]))
+        )
     return table
 
 
@@ -115,7 +97,10 @@ def magnitudes(diff: Diff) -> Text:
     summary = diff.summary()
     parts = []
     if summary["max_abs_delta"] is not None:
-        parts = [f"‖Δ‖/‖base‖ {number(summary['rel_l2'])}", f"largest |Δ| {number(summary['max_abs_delta'])}"]
+        parts = [
+            f"‖Δ‖/‖base‖ {wording.number(summary['rel_l2'])}",
+            f"largest |Δ| {wording.number(summary['max_abs_delta'])}",
+        ]
     parts.append(f"{summary['sign_flips']:,} sign flips")
     for side in ("base", "tuned"):
         if summary[f"nonfinite_{side}"]:
@@ -148,9 +133,9 @@ def rolled_up(diff: Diff, key: str) -> Table:
     rows.sort(key=lambda r: order.get(r[key], -1) if key == "kind" else (r[key] is not None, r[key] or 0))
     for row in rows:
         label = "outside" if row[key] is None else str(row[key])
-        shares = [percent(row["sparsity"]), *(percent(row[f"sparsity[{t!r}]"]) for t in tolerances)]
+        shares = [wording.percent(row["sparsity"]), *(wording.percent(row[f"sparsity[{t!r}]"]) for t in tolerances)]
         cells: list[str | Text] = [plain(label), str(row["tensors"]), f"{row['numel']:,}", f"{row['changed']:,}", *shares]
-        table.add_row(*cells, number(row.get("rel_l2")), number(row.get("mean_abs_delta")))
+        table.add_row(*cells, wording.number(row.get("rel_l2")), wording.number(row.get("mean_abs_delta")))
     return table
 
 
@@ -165,7 +150,7 @@ def layers_by_modules(diff: Diff, column: str) -> tuple[Table, Text]:
     cells = {(row["layer"], row["module"]): row for row in diff.by("layer", "module").to_dicts()}
     layers = sorted({layer for layer, _ in cells if layer is not None})
     modules = list(dict.fromkeys(module for layer, module in cells if layer is not None))
-    shown = percent if column.startswith("sparsity") else number
+    shown = wording.percent if column.startswith("sparsity") else wording.number
     table = make_table(["layer", *modules])
     for layer in layers:
         found: list[Any] = [cells.get((layer, module)) for module in modules]

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from paramdiff_cli import render, render_ranks, sink
+from paramdiff import wording
+from paramdiff_cli import render, render_ranks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,16 +16,16 @@ if TYPE_CHECKING:
     from paramdiff import Moments
 
 SHOWN = (  # column, head, how it is written, whether a narrow terminal has room for it
-    ("sqrt_vhat_mean", "√v̂ mean", render.number, True),
-    ("sqrt_vhat_std", "√v̂ std", render.number, True),
-    ("eff_lr_p1", "lr_eff 1 %", render.number, False),
-    ("eff_lr_p50", "median", render.number, True),
-    ("eff_lr_p99", "99 %", render.number, False),
-    ("log10_eff_lr_std", "decades", render.number, True),
-    ("update_rms", "step rms", render.number, False),
-    ("adaptivity", "adaptivity", render.number, True),
-    ("equivalent_sgd_lr", "SGD lr", render.number, True),
-    ("bf16_visible", "bf16 visible", render.percent, True),
+    ("sqrt_vhat_mean", "√v̂ mean", wording.number, True),
+    ("sqrt_vhat_std", "√v̂ std", wording.number, True),
+    ("eff_lr_p1", "lr_eff 1 %", wording.number, False),
+    ("eff_lr_p50", "median", wording.number, True),
+    ("eff_lr_p99", "99 %", wording.number, False),
+    ("log10_eff_lr_std", "decades", wording.number, True),
+    ("update_rms", "step rms", wording.number, False),
+    ("adaptivity", "adaptivity", wording.number, True),
+    ("equivalent_sgd_lr", "SGD lr", wording.number, True),
+    ("bf16_visible", "bf16 visible", wording.percent, True),
 )
 COMPARED = (
     ("v_std", "std of v"),
@@ -94,7 +95,7 @@ def _heading(found: Moments, side: str, total: dict[str, Any]) -> Text:
     if len(rates) > 1:
         rate = f"learning rates {rates[0]:g} to {rates[-1]:g}"
     return Text(
-        f"{label} {sink.printable(total['ref'])}\n"
+        f"{label} {wording.printable(total['ref'])}\n"
         f"       {total['numel']:,} parameters in {total['tensors']} tensors; {said}\n"
         f"       {listed}{' · ' if listed else ''}{rate} ({total['lr_source']}); {total['naming']}"
     )
@@ -103,23 +104,22 @@ def _heading(found: Moments, side: str, total: dict[str, Any]) -> Text:
 def _verdict(total: dict[str, Any]) -> list[Text]:
     lines = []
     if total["adaptivity"] is not None:
-        said = f"adaptivity {render.number(total['adaptivity'])}"
+        said = f"adaptivity {wording.number(total['adaptivity'])}"
         if total["equivalent_sgd_lr"] is not None:
-            said += f" · equivalent SGD learning rate {render.number(total['equivalent_sgd_lr'])}"
+            said += f" · equivalent SGD learning rate {wording.number(total['equivalent_sgd_lr'])}"
         if total["log10_eff_lr_std"] is not None:
-            said += f" · effective learning rate {render.number(total['eff_lr_p50'])} (1 % to 99 %: "
-            said += f"{render.number(total['eff_lr_p1'])} to {render.number(total['eff_lr_p99'])})"
+            said += f" · effective learning rate {wording.number(total['eff_lr_p50'])} (1 % to 99 %: "
+            said += f"{wording.number(total['eff_lr_p1'])} to {wording.number(total['eff_lr_p99'])})"
         lines.append(Text(said))
     if total["update_rms"] is not None:
-        said = f"step: rms {render.number(total['update_rms'])}, largest {render.number(total['update_max'])}"
-        said += (
-            f" · |u| > 0.9 in {render.percent(total['update_saturated'])}, < 0.1 in {render.percent(total['update_small'])}"
-        )
+        said = f"step: rms {wording.number(total['update_rms'])}, largest {wording.number(total['update_max'])}"
+        saturated, small = (wording.percent(total[f"update_{name}"]) for name in ("saturated", "small"))
+        said += f" · |u| > 0.9 in {saturated}, < 0.1 in {small}"
         if total["bf16_visible"] is not None:
-            said += f" · {render.percent(total['bf16_visible'])} of the weights would change in bf16"
+            said += f" · {wording.percent(total['bf16_visible'])} of the weights would change in bf16"
         lines.append(Text(said))
     if total["v_zero"]:
-        lines.append(Text(f"v is zero in {render.percent(total['v_zero'])} of the elements: no gradient ever reached them"))
+        lines.append(Text(f"v is zero in {wording.percent(total['v_zero'])} of the elements: no gradient ever reached them"))
     if total["nonfinite"]:
         lines.append(Text(f"{total['nonfinite']:,} elements with NaN, infinite or negative moments left out"))
     return lines
@@ -149,7 +149,7 @@ def _side_by_side(summary: dict[str, Any]) -> Table:
         first, second = summary["first"][column], summary["second"][column]
         if first is None and second is None:
             continue
-        table.add_row(label, render.number(first), render.number(second), _times(ratios.get(column)))
+        table.add_row(label, wording.number(first), wording.number(second), _times(ratios.get(column)))
     return table
 
 
@@ -179,8 +179,8 @@ def _gradient(found: Moments, summary: dict[str, Any]) -> list[Text]:
     check = "" if total["grad_check"] is None else f" (v agrees within {total['grad_check']:.1e})"
     return [
         Text(
-            f"gradient of the second's step, as Adam saw it: norm {render.number(total['grad_norm'])} · "
-            f"cos(momentum, gradient) {render.number(total['momentum_grad_cosine'])}{check}"
+            f"gradient of the second's step, as Adam saw it: norm {wording.number(total['grad_norm'])} · "
+            f"cos(momentum, gradient) {wording.number(total['momentum_grad_cosine'])}{check}"
         )
     ]
 

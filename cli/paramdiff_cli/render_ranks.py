@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from paramdiff_cli.render import LISTED, LONGEST, by_kind, make_table, number, plain
+from paramdiff.wording import number
+from paramdiff_cli.render import LISTED, LONGEST, by_kind, make_table, plain
 
 if TYPE_CHECKING:
     from rich.console import Console

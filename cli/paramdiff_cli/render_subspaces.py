@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from paramdiff import wording
 from paramdiff_cli import render, render_ranks
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def show(console: Console, diff: Diff) -> None:
         return
     for line in render_ranks.notes(diff.subspaces.unique(["name", "expert", "note"], maintain_order=True)):
         console.print(line, soft_wrap=True)
-    chance = render.percent(diff.run["options"]["alpha"])
+    chance = wording.percent(diff.run["options"]["alpha"])
     known = sorted(set(diff.subspaces.filter(diff.subspaces["angle_u_max"].is_not_null())["k"]))
     if not known:
         return
@@ -52,8 +53,11 @@ def _table(diff: Diff, key: str, k: int, *, narrow: bool) -> Table:
     for row in rows:
         label = "outside" if row[key] is None else str(row[key])
         cells = [_degrees(row["angle_u_max_median"]), _degrees(row["angle_v_max_median"])]
-        cells += [render.percent(row[f"{name}_mean"]) for name in ("overlap_u", "chance_u", "overlap_v", "chance_v")]
-        cells += [render.number(row["nss_mean"]), *(render.percent(row[f"{mask}_overlap"]) for mask in ("principal", "low"))]
+        cells += [wording.percent(row[f"{name}_mean"]) for name in ("overlap_u", "chance_u", "overlap_v", "chance_v")]
+        cells += [
+            wording.number(row["nss_mean"]),
+            *(wording.percent(row[f"{mask}_overlap"]) for mask in ("principal", "low")),
+        ]
         line: list[Any] = [render.plain(label[: render.LONGEST]), str(row["matrices"] - row["left_out"]), *cells]
         table.add_row(*(line[column] for column in shown))
     return table

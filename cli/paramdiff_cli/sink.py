@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from paramdiff import wording
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -29,15 +31,6 @@ def console(stderr: bool = False) -> Console:
     return Quitting(stderr=stderr, highlight=False, width=None if stream.isatty() else WIDTH)
 
 
-def printable(text: str) -> str:
-    r"""Text from a file or a user, with control codes and other unprintable characters escaped.
-
-    >>> print(printable("\x1b[31mred"))
-    \x1b[31mred
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def print_json(data: Any) -> None:
     """One JSON object on stdout. Numbers that JSON lacks (infinity, NaN) become null."""
     print(json.dumps(_plain(data), allow_nan=False))
@@ -53,7 +46,7 @@ def _plain(data: Any) -> Any:
 
 def warn(sentences: list[str]) -> None:
     for sentence in sentences:
-        print(f"paramdiff: warning: {printable(sentence)}", file=sys.stderr)
+        print(f"paramdiff: warning: {wording.printable(sentence)}", file=sys.stderr)
 
 
 def ranks(diff: Diff) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""Figures as files: an interactive page, or a picture for a paper."""
+
+from __future__ import annotations
+
+from html import escape
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from paramdiff.errors import OptionError
+from paramdiff.output import write_aside
+from paramdiff.plots import style
+
+WIDTHS = {"column": 340, "text": style.WIDTH}  # CSS pixels: 9 and 18 cm, the two widths of a paper
+PICTURES = ("png", "svg", "pdf")
+SHARPNESS = 3  # pixels of a PNG per CSS pixel: 288 to the inch
+
+
+def save(fig: go.Figure, path: str | PathLike[str], width: str | int = "text") -> None:
+    """Write a figure as .html (one page with everything in it, which works offline), .png, .svg or .pdf.
+
+    Args:
+        width: of a picture: "column" (9 cm), "text" (18 cm) or CSS pixels, of which there are 96 to the inch. Fonts keep
+            their size; the legend moves below a narrow figure.
+
+    Raises:
+        OptionError: for another ending or width, or where kaleido or the browser that it draws with is missing.
+        OutputError: the file cannot be written. What was there before then stays.
+
+    >>> from paramdiff import compare, plots
+    >>> fig = plots.heatmap(compare("sample_data/base", "sample_data/rl-sgd"))
+    >>> plots.save(fig, "out/heat.html")
+    """
+    target = Path(fspath(path))
+    kind = target.suffix.lower().lstrip(".")
+    if kind == "html":
+        content = page(fig).encode()
+    elif kind in PICTURES:
+        content = picture(fig, kind, width)
+    else:
+        raise OptionError(
+            f"{target.name}: a figure is written as .html, .png, .svg or .pdf.", hint="Give the file one of these."
+        )
+    write_aside(target, content)
+
+
+def page(fig: go.Figure) -> str:
+    """One HTML page with the figure, its text alternative and plotly.js."""
+    shown = sized(fig, None)
+    alt = escape(str(fig.layout.meta["alt"]))
+    body = shown.to_html(include_plotlyjs=True, full_html=False, config=CONFIG, div_id="figure")
+    title = escape(str(fig.layout.title.text), quote=False)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"></head>\n<body style="margin:1rem;font-family:{style.FONT}">\n'
+        f'<figure style="margin:0" role="group" aria-label="{alt}">{body}<figcaption>{alt}</figcaption></figure>\n'
+        "</body></html>\n"
+    )
+
+
+CONFIG: dict[str, Any] = {
+    "displaylogo": False, "responsive": True, "toImageButtonOptions": {"format": "svg"},
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+}  # fmt: skip
+
+
+def sized(fig: go.Figure, width: int | None) -> go.Figure:
+    """A copy of the figure for a width in CSS pixels; None: as wide as the page."""
+    copy = go.Figure(fig)
+    if width is None:
+        return copy
+    copy.update_layout(width=width)
+    if width < 500:
+        named = sum(bool(trace.name) and trace.showlegend is not False for trace in fig.data)
+        rows = -(-named // 3) if named > 1 else 0
+        copy.update_layout(
+            font={"size": 9}, title={"font": {"size": 10}}, margin={"l": 40, "r": 8, "t": 40, "b": 44 + 16 * rows},
+            legend={"orientation": "h", "font": {"size": 8}, "y": -0.28, "yanchor": "top", "x": 0.5, "xanchor": "center"},
+            height=min(fig.layout.height, 300) + 16 * rows,
+        )  # fmt: skip
+    return copy
+
+
+def picture(fig: go.Figure, kind: str, width: str | int) -> bytes:
+    """A figure as a PNG, SVG or PDF. Raises `OptionError` where that cannot be drawn here."""
+    if isinstance(width, str) and width not in WIDTHS:
+        raise OptionError(f"{width!r} is no width.", hint="Give column, text or a number of pixels.")
+    pixels = WIDTHS[width] if isinstance(width, str) else width
+    if not 100 <= pixels <= 10_000:
+        raise OptionError(f"A picture cannot be {pixels} pixels wide.", hint="Give 100 to 10000.")
+    try:
+        import kaleido  # noqa: F401 - only to say so where it is missing
+    except ImportError:
+        raise OptionError("Pictures need kaleido.", hint="pip install 'paramdiff[images]', or write .html.") from None
+    shown = sized(fig, pixels)
+    try:
+        scale = SHARPNESS if kind == "png" else 1
+        return bytes(shown.to_image(format=kind, width=pixels, height=shown.layout.height, scale=scale))
+    except Exception as error:
+        if type(error).__name__ not in ("ChromeNotFoundError", "BrowserFailedError", "BrowserClosedError", "RuntimeError"):
+            raise
+        raise OptionError(
+            "kaleido found no Chrome or Chromium that it can draw with.",
+            hint="Install one (apt install chromium, or BROWSER_PATH says where it is), or write .html.",
+        ) from error

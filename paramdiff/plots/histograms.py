@@ -1,0 +1,171 @@
+"""Histograms of how far each element went: |Δ|, |Δ| beside the weight, and the distance in ulps."""
+
+from __future__ import annotations
+
+import math
+
+import plotly.graph_objects as go
+import polars as pl
+
+from paramdiff.errors import OptionError
+from paramdiff.plots import quantities, runs, style
+from paramdiff.wording import percent
+
+ULP, DELTA, RELATIVE = "ulp", "log2_abs_delta", "log2_rel_delta"
+AXES = {
+    ULP: "distance in ulps (steps of the stored type)",
+    DELTA: "|Δ|",
+    RELATIVE: "|Δ| / |base|",
+}
+
+
+def histogram(results: runs.Results, which: str = DELTA, *, by: str | None = "kind") -> go.Figure:
+    """The share of all elements in each bin, on a log scale: of one result a line for each group of `by` (kind, module or
+    None), of several a line each.
+
+    Args:
+        results: a `Diff`, or several.
+        which: log2_abs_delta (bins are powers of two of |Δ|), log2_rel_delta (of |Δ|/|base|) or ulp.
+        by: how the tensors of one result are grouped.
+
+    Shares are of the elements of the group, so that unchanged ones, which only `ulp` has a bin for, count below the line.
+
+    Raises `OptionError` where "change" and "magnitude" were not measured, or for another `which` or `by`.
+
+    >>> from paramdiff import compare, plots
+    >>> fig = plots.histogram(compare("sample_data/base", "sample_data/rl-sgd"), "ulp", by=None)
+    >>> fig.data[0].x[:4]
+    ('0', '1', '2', '3–4')
+    """
+    if which not in AXES:
+        raise OptionError(f"There is no histogram {which!r}.", hint=f"Draw one of {', '.join(AXES)}.")
+    if by not in ("kind", "module", None):
+        raise OptionError(f"Histograms are not grouped by {by!r}.", hint="Group them by kind, module or None.")
+    found = runs.diffs(results)
+    lines: dict[str, tuple[pl.DataFrame, int]] = {}
+    for label, diff in found.items():
+        if "histograms" not in diff.tables:
+            raise OptionError("This comparison has no histograms.", hint='Compare with measures=["change", "magnitude"].')
+        weights = diff.tensors.filter(pl.col("duplicate_of").is_null() & (pl.col("pairing_rule") != "codes"))
+        own = diff.tables["histograms"].filter(pl.col("histogram") == which)
+        lines |= grouped(own, weights, by if len(found) == 1 else None, label)
+    if not lines:
+        raise OptionError(f"No tensor has a histogram of {which}.", hint="Distances in ulps need one type on both sides.")
+    return draw(lines, which, runs.subject(found))
+
+
+def grouped(bins: pl.DataFrame, weights: pl.DataFrame, by: str | None, label: str) -> dict[str, tuple[pl.DataFrame, int]]:
+    """Added-up bins of each group, and the elements of its tensors that have any: those of one with no change count too."""
+    key = pl.col(by) if by else pl.lit(label).alias("group")
+    placed = weights.select("name", "numel", key.alias("group"))
+    added = (
+        bins.join(placed, on="name").group_by("group", "lower", "upper").agg(pl.col("count").sum()).sort("lower", "upper")
+    )
+    sizes = dict(placed.group_by("group").agg(pl.col("numel").sum()).rows())
+    order = quantities.modules(weights) if by == "module" else quantities.KINDS if by == "kind" else [label]
+    parts = {str(group): frame for (group,), frame in added.group_by("group", maintain_order=True)}
+    return {group: (parts[group], int(sizes[group])) for group in order if group in parts}
+
+
+def draw(lines: dict[str, tuple[pl.DataFrame, int]], which: str, subject: str) -> go.Figure:
+    """The histogram of added-up bins (lower, upper, count) with the elements they are shares of."""
+    names = {ULP: "Distance in ulps", DELTA: "Size of the change", RELATIVE: "Size of the change beside the weight"}
+    fig = style.figure(f"{names[which]}: {style.safe(subject)}", _alt(lines, which))
+    shares = [count / of for frame, of in lines.values() for count in frame["count"] if count]
+    (_ulps if which == ULP else _powers)(fig, lines, which)
+    fig.update_yaxes(title_text="share of elements", **style.log_axis(shares or [1.0], share=True))
+    fig.update_xaxes(title_text=AXES[which])
+    return fig
+
+
+def _ulps(fig: go.Figure, lines: dict[str, tuple[pl.DataFrame, int]], which: str) -> None:
+    edges = _all_ulps([upper for frame, _ in lines.values() for upper in frame["upper"]])
+    texts = [_ulp(lower, upper) for lower, upper in edges]
+    for number, (label, (frame, of)) in enumerate(lines.items()):
+        counts = dict(zip(frame["upper"].to_list(), frame["count"].to_list(), strict=True))
+        found = [counts.get(upper, 0) for _, upper in edges]
+        name = style.safe(label, 30)
+        fig.add_scatter(
+            x=texts, y=[count / of if count else None for count in found], name=name, mode="lines+markers",
+            line=style.line(number) | {"width": 1}, marker={"size": 7, "symbol": number % 8}, hoverinfo="text",
+            hovertext=[
+                f"{name}<br>{text} ulp: <b>{percent(count / of)}</b><br>{count:,} of {of:,} elements"
+                for text, count in zip(texts, found, strict=True)
+            ],
+        )  # fmt: skip
+    fig.update_xaxes(type="category", categoryorder="array", categoryarray=texts, tickangle=-40)
+
+
+def _all_ulps(uppers: list[float]) -> list[tuple[float, float]]:
+    """All bins up to the last one that is used: 0, 1, 2, 3–4, 5–8, …; and the one of what has no distance."""
+    last = max((upper for upper in uppers if math.isfinite(upper)), default=0.0)
+    found = [(0.0, 0.0)]
+    while found[-1][1] < last:
+        found.append((found[-1][1] + 1, max(1.0, 2 * found[-1][1])))
+    return found + [(math.inf, math.inf)] * any(not math.isfinite(upper) for upper in uppers)
+
+
+def _ulp(lower: float, upper: float) -> str:
+    if not math.isfinite(lower):
+        return "finite ↔ not"
+    return f"{lower:.0f}" if lower == upper else f"{_thousands(lower)}–{_thousands(upper)}"
+
+
+def _thousands(value: float) -> str:
+    """A distance, short: those beyond a thousand are powers of two.
+
+    >>> _thousands(512), _thousands(1025), _thousands(2048), _thousands(65536)
+    ('512', '2¹⁰', '2¹¹', '2¹⁶')
+    """
+    if value < 1000:
+        return f"{value:.0f}"
+    return "2" + str(round(math.log2(value))).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _powers(fig: go.Figure, lines: dict[str, tuple[pl.DataFrame, int]], which: str) -> None:
+    ends = []
+    for number, (label, (frame, of)) in enumerate(lines.items()):
+        inside = frame.filter(pl.col("lower").is_finite()).sort("lower")
+        rows = _with_gaps(inside.select("lower", "upper", "count").rows())
+        if not rows:
+            continue
+        name = style.safe(label, 30)
+        ends += [rows[0][0], rows[-1][1]]
+        fig.add_scatter(
+            x=[2.0 ** ((lower + upper) / 2) for lower, upper, _ in rows],
+            y=[count / of if count else None for *_, count in rows], name=name, mode="lines+markers",
+            line=style.line(number) | {"shape": "hvh"}, marker={"size": 4},
+            hovertext=[
+                f"{name}<br>2^{lower:g} to 2^{upper:g} ({2.0**lower:.2g} to {2.0**upper:.2g}): <b>{percent(count / of)}</b>"
+                f"<br>{count:,} of {of:,} elements"
+                for lower, upper, count in rows
+            ],
+            hoverinfo="text",
+        )  # fmt: skip
+    low, high = (2.0 ** min(ends), 2.0 ** max(ends)) if ends else (0.1, 1.0)
+    fig.update_xaxes(**style.log_axis([low, high]))
+
+
+def _with_gaps(rows: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
+    """Bins with the empty ones between them, so that a line breaks there."""
+    found: list[tuple[float, float, int]] = []
+    for lower, upper, count in rows:
+        if found and lower > found[-1][1]:
+            found.append((found[-1][1], lower, 0))
+        found.append((lower, upper, count))
+    return found
+
+
+def _alt(lines: dict[str, tuple[pl.DataFrame, int]], which: str) -> str:
+    said = []
+    for label, (frame, of) in lines.items():
+        if which == ULP:
+            rows = dict(frame.select("lower", "count").rows())
+            said.append(f"{label}: {percent(rows.get(0.0, 0) / of)} unchanged, {percent(rows.get(1.0, 0) / of)} by one ulp")
+        else:
+            inside = frame.filter(pl.col("lower").is_finite())
+            if inside.height:
+                peak = inside.sort("count", descending=True).row(0, named=True)
+                at = f"2^{peak['lower']:g} to 2^{peak['upper']:g}"
+                said.append(f"{label}: most often {at} ({percent(peak['count'] / of)})")
+    return f"Histogram of {AXES[which]}. {'; '.join(said)}."

@@ -1,0 +1,200 @@
+"""Spectra of the update: singular values beside the largest, and how much of the energy the first directions hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import polars as pl
+from numpy.typing import NDArray
+
+from paramdiff.diff import Diff
+from paramdiff.errors import OptionError
+from paramdiff.plots import quantities, runs, style
+from paramdiff.wording import number, percent
+
+GRID = np.geomspace(1e-4, 1, 81)  # shares of the directions at which spectra of different sizes are read
+MARKS = (0.9, 0.95, 0.99)
+MOST = 24  # single matrices in one figure
+Floats = NDArray[np.float64]
+
+
+def spectrum(
+    results: runs.Results, by: str = "module", *, module: str | None = None, names: Sequence[str] = ()
+) -> go.Figure:
+    """Left: σᵢ/σ₁ against the share of directions, i/min(m, n). Right: the share of Σσ² that these directions hold.
+
+    Args:
+        results: a `Diff` with spectra, or several (a line each).
+        by: what a line stands for: module, layer or kind. Lines are medians over its matrices, bands (drawn for up to three
+            lines) the middle 80 %.
+        module: only the matrices of this one.
+        names: these matrices instead, a line each.
+
+    Matrices that did not change have no spectrum to draw; the text alternative counts them.
+
+    Raises `OptionError` where "spectrum" was not measured, nothing changed, or a name is not there.
+
+    >>> from paramdiff import compare, plots
+    >>> diff = compare("sample_data/base", "sample_data/rl-sgd", measures=["change", "spectrum"])
+    >>> plots.spectrum(diff, by="kind").layout.title.text
+    'Spectrum of the update: base → rl-sgd'
+    """
+    if by not in ("module", "layer", "kind"):
+        raise OptionError(f"Spectra are not grouped by {by!r}.", hint="Group them by module, layer or kind.")
+    found = runs.diffs(results)
+    if len(names) > MOST:
+        raise OptionError(f"{len(names)} matrices are too many for one figure.", hint=f"Name at most {MOST}.")
+    lines: dict[str, list[tuple[Floats, Floats]]] = {}
+    reached: dict[str, list[float | None]] = {}
+    zero = 0
+    for label, diff in found.items():
+        ranks = chosen(diff, module, names)
+        zero += ranks.filter(pl.col("frobenius") == 0).height
+        key = "name" if names else by
+        for place, curve in curves(diff.tables["spectra"], ranks):
+            own = str(place["name"] if names else "outside" if place[key] is None else place[key])
+            own = own if len(found) == 1 else label
+            lines.setdefault(own, []).append(curve)
+            reached.setdefault(own, []).append(place["energy_rank_99_percent"])
+    if not lines:
+        raise OptionError("There is no spectrum to draw: no matrix changed.")
+    subject = runs.subject(found) + (f", {module}" if module else "")
+    ordered = by == "layer" and len(found) == 1
+    fig = draw(_sorted(lines, by, next(iter(found.values()))) if len(found) == 1 else lines, subject, ordered=ordered)
+    fig.update_layout(meta={"alt": _alt(reached, zero)})
+    return fig
+
+
+def chosen(diff: Diff, module: str | None = None, names: Sequence[str] = ()) -> pl.DataFrame:
+    """The rows of `Diff.ranks` that have a spectrum, of one module or with these names."""
+    ranks = diff.ranks.filter(pl.col("method").is_not_null() & pl.col("duplicate_of").is_null())
+    missing: list[str] = [name for name in names if name not in ranks["name"]]
+    if module is not None and module not in ranks["module"]:
+        missing.append(module)
+    if missing:
+        raise OptionError(f"There is no spectrum of {missing[0]!r} here.", hint="Diff.ranks lists what there is.")
+    if module is not None:
+        ranks = ranks.filter(pl.col("module") == module)
+    return ranks.filter(pl.col("name").is_in(list(names))) if names else ranks
+
+
+def curves(spectra: pl.DataFrame, ranks: pl.DataFrame) -> Iterator[tuple[dict[str, Any], tuple[Floats, Floats]]]:
+    """Of each matrix that changed: its row of `ranks`, and σᵢ/σ₁ and the share of the energy at each point of `GRID`.
+
+    NaN where a matrix has no such direction (fewer than 1/share), or where a sketch did not go so far.
+    """
+    sigmas = spectra.group_by("name", "expert", maintain_order=True).agg(pl.col("sigma"))
+    joined = ranks.filter(pl.col("frobenius") > 0).join(
+        sigmas, on=["name", "expert"], nulls_equal=True, maintain_order="left"
+    )
+    wanted = ("name", "module", "layer", "kind", "full_rank", "frobenius", "energy_rank_99_percent", "sigma")
+    for row in joined.select(wanted).iter_rows(named=True):
+        sigma = np.asarray(row["sigma"])
+        index = np.ceil(GRID * row["full_rank"] - 1e-9).astype(int)  # the direction that lies there, counted from 1
+        there = (GRID * row["full_rank"] >= 1 - 1e-9) & (index <= len(sigma))
+        relative, energy = np.full(len(GRID), np.nan), np.full(len(GRID), np.nan)
+        relative[there] = sigma[index[there] - 1] / sigma[0]
+        energy[there] = (np.cumsum(sigma**2) / row["frobenius"] ** 2)[index[there] - 1].clip(max=1)
+        yield row, (relative, energy)
+
+
+def _sorted(lines: dict[str, list[tuple[Floats, Floats]]], by: str, diff: Diff) -> dict[str, list[tuple[Floats, Floats]]]:
+    if by == "layer":
+        return dict(sorted(lines.items(), key=lambda line: int(line[0]) if line[0].isdecimal() else -1))
+    order = quantities.modules(diff.ranks) if by == "module" else list(quantities.KINDS)
+    return dict(sorted(lines.items(), key=lambda line: order.index(line[0]) if line[0] in order else len(order)))
+
+
+def draw(lines: dict[str, list[tuple[Floats, Floats]]], subject: str, *, ordered: bool = False) -> go.Figure:
+    """The figure of curves (see `curves`), a line for each list of them; `ordered`: coloured by their order."""
+    medians = {label: [np.stack(part) for part in zip(*found, strict=True)] for label, found in lines.items()}
+    fig = style.figure(f"Spectrum of the update: {style.safe(subject)}", "", height=340)
+    for position, (label, (relative, energy)) in enumerate(medians.items()):
+        look = {"color": style.shade(position, len(medians)), "width": 1.4} if ordered else style.line(position)
+        name = style.safe(f"layer {label}" if ordered and label.isdecimal() else label, 30)
+        sigma, held = _median(relative), _median(energy)
+        if len(medians) <= 3 and len(relative) > 2:
+            for panel, values in enumerate((relative, energy)):
+                _band(fig, values, str(look["color"]), panel)
+        of = f", median of {len(relative)}" if len(relative) > 1 else ""
+        for panel, values in enumerate((sigma, held)):
+            known = np.isfinite(values) & (values > 0)
+            said = number if panel == 0 else percent
+            what = "σᵢ/σ₁" if panel == 0 else "energy"
+            fig.add_scatter(
+                x=_rounded(GRID[known]), y=_rounded(values[known]), name=name, legendgroup=label, showlegend=panel == 0,
+                mode="lines", line=look, **_axes(panel), hoverinfo="text",
+                hovertext=[
+                    f"{name}{of}<br>first {percent(float(x))} of the directions<br>{what}: <b>{said(float(y))}</b>"
+                    for x, y in zip(GRID[known], values[known], strict=True)
+                ],
+            )  # fmt: skip
+    for mark in MARKS:
+        fig.add_hline(y=mark, line={"color": "#888888", "width": 1, "dash": "dot"}, xref="x2", yref="y2")
+    _layout(fig, medians)
+    return fig
+
+
+def _layout(fig: go.Figure, medians: dict[str, list[Floats]]) -> None:
+    some = [GRID[np.isfinite(relative).any(axis=0)] for relative, _ in medians.values()]
+    first = min(float(part[0]) for part in some if len(part))
+    axis = {**style.log_axis([first, 1.0], share=True, margin=1.0), "title": {"text": "share of directions"}}
+    positive = [float(v) for relative, _ in medians.values() for v in _median(relative) if v > 0]
+    fig.update_layout(
+        xaxis={**axis, "domain": [0, 0.43], "anchor": "y"}, xaxis2={**axis, "domain": [0.57, 1], "anchor": "y2"},
+        yaxis={**style.log_axis([max(min(positive), 1e-8), 1.0]), "title": {"text": "σᵢ / σ₁"}, "anchor": "x"},
+        yaxis2={
+            "range": [0, 1.03], "tickformat": ".0%", "title": {"text": "share of the energy Σσ²"}, "anchor": "x2",
+            "tickvals": [0, 0.25, 0.5, 0.75, 0.9, 0.99],
+        },
+    )  # fmt: skip
+
+
+def _axes(panel: int) -> dict[str, str]:
+    return {"xaxis": "x2", "yaxis": "y2"} if panel else {"xaxis": "x", "yaxis": "y"}
+
+
+def _band(fig: go.Figure, values: Floats, colour: str, panel: int) -> None:
+    """The middle 80 % of the matrices, behind the lines."""
+    low, high = (_quantile(values, q) for q in (0.1, 0.9))
+    known = np.isfinite(low) & (low > 0)
+    fig.add_scatter(
+        x=_rounded(np.concatenate([GRID[known], GRID[known][::-1]])),
+        y=_rounded(np.concatenate([high[known], low[known][::-1]])),
+        fill="toself", fillcolor=style.faded(colour), line={"width": 0}, mode="lines", hoverinfo="skip", showlegend=False,
+        **_axes(panel),
+    )  # fmt: skip
+
+
+def _rounded(values: Floats) -> list[float]:
+    """Four significant digits: more would be invisible, and would double the size of a report."""
+    return [float(f"{value:.4g}") for value in values]
+
+
+def _median(values: Floats) -> Floats:
+    return _quantile(values, 0.5)
+
+
+def _quantile(values: Floats, q: float) -> Floats:
+    """Over matrices (axis 0), of those that have a value; NaN where fewer than half do, so that a curve ends where it
+    would jump to other matrices."""
+    found = np.full(values.shape[1], np.nan)
+    enough = np.isfinite(values).sum(axis=0) * 2 >= len(values)
+    if enough.any():
+        found[enough] = np.nanquantile(values[:, enough], q, axis=0)
+    return found
+
+
+def _alt(reached: dict[str, list[float | None]], zero: int) -> str:
+    said = []
+    for label, percents in list(reached.items())[:6]:
+        known = [value for value in percents if value is not None]  # a sketch does not reach 99 %
+        if known:
+            middle = f"{np.median(known):.3g} % of the directions"
+            said.append(f"{label}: 99 % of the energy lies in {middle}{' (median)' if len(known) > 1 else ''}")
+    more = f"; {len(reached) - 6} more lines" if len(reached) > 6 else ""
+    left = f" {zero} matrices did not change and are not drawn." if zero else ""
+    return f"Singular values of the update and the energy they hold. {'; '.join(said)}{more}.{left}"
