@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from paramdiff.moments import Moments
     from paramdiff.optimizers import OptimizerState, optimizer
     from paramdiff.optimizers.measuring import adam
+    from paramdiff.report import write_report
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Diff": "diff", "compare": "comparing", "load": "loading", "Moments": "moments", "adam": "optimizers.measuring",
-    "OptimizerState": "optimizers", "optimizer": "optimizers",
+    "OptimizerState": "optimizers", "optimizer": "optimizers", "write_report": "report",
     "ParamdiffError": "errors", "CheckpointError": "errors", "NotFound": "errors", "UnsupportedFormat": "errors",
     "BrokenFile": "errors", "ChangedWhileReading": "errors", "PairingError": "errors", "NothingToCompare": "errors",
     "OptionError": "errors", "DeviceError": "errors", "OutputError": "errors",
@@ -63,6 +64,7 @@ __all__ = [
     "compare",
     "load",
     "optimizer",
+    "write_report",
 ]
 
 

@@ -45,7 +45,7 @@ def save_tables(directory: str | Path, tables: Mapping[str, pl.DataFrame], run: 
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_aside(path: str | Path, content: bytes) -> None:
+def write_aside(path: str | os.PathLike[str], content: bytes) -> None:
     """Write one file under another name and rename it. Raises `OutputError`; what was there before then stays."""
     target = Path(path)
     temporary = None
@@ -96,6 +96,11 @@ def _files_of(directory: Path) -> list[str]:
         return [RUN_FILE, *(f"{name}.parquet" for name in run["tables"] if isinstance(name, str) and "/" not in name)]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def is_result(directory: str | Path) -> bool:
+    """True for a directory that `save_tables` has written, by its run.json."""
+    return len(_files_of(Path(directory))) > 1
 
 
 def load_tables(directory: str | Path) -> tuple[dict[str, pl.DataFrame], dict[str, Any]]:

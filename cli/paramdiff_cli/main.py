@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from paramdiff import wording
-from paramdiff_cli import adam, inspect, layers, plan, published, rank, sparsity, subspace
+from paramdiff_cli import adam, inspect, layers, plan, plot, published, rank, report, sparsity, subspace
 
 app = typer.Typer(
     name="paramdiff",
@@ -60,6 +60,8 @@ COMMANDS = (
     rank.rank,
     subspace.subspace,
     adam.adam,
+    report.report,
+    plot.plot,
     inspect.inspect,
     plan.plan,
     published.published,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from paramdiff.errors import OptionError
-from paramdiff.plots.export import save
+from paramdiff.plots.export import checked, save
 from paramdiff.plots.heat import heatmap
 from paramdiff.plots.histograms import histogram
 from paramdiff.plots.moments import adam
@@ -23,7 +23,7 @@ from paramdiff.plots.profiles import layers
 from paramdiff.plots.spectra import spectrum
 from paramdiff.plots.striped import stripes
 
-__all__ = ["FIGURES", "adam", "heatmap", "histogram", "layers", "of", "save", "spectrum", "stripes"]
+__all__ = ["FIGURES", "adam", "checked", "heatmap", "histogram", "layers", "of", "save", "spectrum", "stripes"]
 
 FIGURES: dict[str, Callable[..., Any]] = {
     "heatmap": heatmap, "layers": layers, "histogram": histogram, "spectrum": spectrum, "stripes": stripes, "adam": adam,

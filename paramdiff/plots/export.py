@@ -18,6 +18,20 @@ PICTURES = ("png", "svg", "pdf")
 SHARPNESS = 3  # pixels of a PNG per CSS pixel: 288 to the inch
 
 
+def checked(path: str | PathLike[str], width: str | int = "text") -> Path:
+    """The path, if a figure can be written there at this width. Raises `OptionError` for another ending or width.
+
+    >>> checked("heat.svg").suffix
+    '.svg'
+    """
+    target = Path(fspath(path))
+    if target.suffix.lower() not in (".html", *(f".{kind}" for kind in PICTURES)):
+        raise OptionError(f"{target.name}: a figure is written as .html, .png, .svg or .pdf.", hint="Name it so.")
+    if str(width) not in WIDTHS and not (str(width).isdecimal() and 100 <= int(width) <= 10_000):
+        raise OptionError(f"{width!r} is no width.", hint="Give column, text, or 100 to 10000 pixels.")
+    return target
+
+
 def save(fig: go.Figure, path: str | PathLike[str], width: str | int = "text") -> None:
     """Write a figure as .html (one page with everything in it, which works offline), .png, .svg or .pdf.
 
@@ -33,17 +47,10 @@ def save(fig: go.Figure, path: str | PathLike[str], width: str | int = "text") -
     >>> fig = plots.heatmap(compare("sample_data/base", "sample_data/rl-sgd"))
     >>> plots.save(fig, "out/heat.html")
     """
-    target = Path(fspath(path))
+    target = checked(path, width)
     kind = target.suffix.lower().lstrip(".")
-    if kind == "html":
-        content = page(fig).encode()
-    elif kind in PICTURES:
-        content = picture(fig, kind, width)
-    else:
-        raise OptionError(
-            f"{target.name}: a figure is written as .html, .png, .svg or .pdf.", hint="Give the file one of these."
-        )
-    write_aside(target, content)
+    pixels = WIDTHS[str(width)] if str(width) in WIDTHS else int(width)
+    write_aside(target, page(fig).encode("utf-8", "replace") if kind == "html" else picture(fig, kind, pixels))
 
 
 def page(fig: go.Figure) -> str:
@@ -83,13 +90,8 @@ def sized(fig: go.Figure, width: int | None) -> go.Figure:
     return copy
 
 
-def picture(fig: go.Figure, kind: str, width: str | int) -> bytes:
+def picture(fig: go.Figure, kind: str, pixels: int) -> bytes:
     """A figure as a PNG, SVG or PDF. Raises `OptionError` where that cannot be drawn here."""
-    if isinstance(width, str) and width not in WIDTHS:
-        raise OptionError(f"{width!r} is no width.", hint="Give column, text or a number of pixels.")
-    pixels = WIDTHS[width] if isinstance(width, str) else width
-    if not 100 <= pixels <= 10_000:
-        raise OptionError(f"A picture cannot be {pixels} pixels wide.", hint="Give 100 to 10000.")
     try:
         import kaleido  # noqa: F401 - only to say so where it is missing
     except ImportError:

@@ -143,7 +143,7 @@ def _add(
         x, y = place[OUTSIDE if layer is None else layer], height[row]
         if value is not None:
             drawn = value if not what.is_log else math.log10(value) if value > 0 else None
-            cells[y][x] = drawn
+            cells[y][x] = None if drawn is None else float(f"{drawn:.5g}")  # as fine as colours are; hovering has all digits
             zero[y][x] = 0.0 if drawn is None else None
         of = (
             f"<br>{counts[index]:,} of {sizes[index]:,} parameters" if counts and sizes and counts[index] is not None else ""

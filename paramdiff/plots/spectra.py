@@ -62,9 +62,10 @@ def spectrum(
     if not lines:
         raise OptionError("There is no spectrum to draw: no matrix changed.")
     subject = runs.subject(found) + (f", {module}" if module else "")
-    ordered = by == "layer" and len(found) == 1
-    fig = draw(_sorted(lines, by, next(iter(found.values()))) if len(found) == 1 else lines, subject, ordered=ordered)
-    fig.update_layout(meta={"alt": _alt(reached, zero)})
+    if len(found) == 1:
+        lines = _sorted(lines, by, next(iter(found.values())))
+    fig = draw(lines, subject, ordered=by == "layer" and len(found) == 1)
+    fig.update_layout(meta={"alt": _alt({label: reached[label] for label in lines}, zero)})
     return fig
 
 
@@ -93,8 +94,8 @@ def curves(spectra: pl.DataFrame, ranks: pl.DataFrame) -> Iterator[tuple[dict[st
     wanted = ("name", "module", "layer", "kind", "full_rank", "frobenius", "energy_rank_99_percent", "sigma")
     for row in joined.select(wanted).iter_rows(named=True):
         sigma = np.asarray(row["sigma"])
-        index = np.ceil(GRID * row["full_rank"] - 1e-9).astype(int)  # the direction that lies there, counted from 1
-        there = (GRID * row["full_rank"] >= 1 - 1e-9) & (index <= len(sigma))
+        index = np.floor(GRID * row["full_rank"] + 1e-9).astype(int)  # so many directions make up the share, whole ones
+        there = (index >= 1) & (index <= len(sigma))
         relative, energy = np.full(len(GRID), np.nan), np.full(len(GRID), np.nan)
         relative[there] = sigma[index[there] - 1] / sigma[0]
         energy[there] = (np.cumsum(sigma**2) / row["frobenius"] ** 2)[index[there] - 1].clip(max=1)
@@ -145,7 +146,7 @@ def _layout(fig: go.Figure, medians: dict[str, list[Floats]]) -> None:
     positive = [float(v) for relative, _ in medians.values() for v in _median(relative) if v > 0]
     fig.update_layout(
         xaxis={**axis, "domain": [0, 0.43], "anchor": "y"}, xaxis2={**axis, "domain": [0.57, 1], "anchor": "y2"},
-        yaxis={**style.log_axis([max(min(positive), 1e-8), 1.0]), "title": {"text": "σᵢ / σ₁"}, "anchor": "x"},
+        yaxis={**style.log_axis([max(min(positive, default=1.0), 1e-8), 1.0]), "title": {"text": "σᵢ / σ₁"}, "anchor": "x"},
         yaxis2={
             "range": [0, 1.03], "tickformat": ".0%", "title": {"text": "share of the energy Σσ²"}, "anchor": "x2",
             "tickvals": [0, 0.25, 0.5, 0.75, 0.9, 0.99],

@@ -23,8 +23,8 @@ Profile = tuple[NDArray[np.float64], int]  # changed share of each cell, and how
 def stripes(result: Diff, module: str | None = None) -> go.Figure:
     """The changed share of the rows (left) and columns (right) of one module's matrices, a line of cells for each layer.
 
-    By default the module whose changes are most unevenly spread. Long axes are drawn several rows to a cell, experts of a
-    layer together; shares are on a log scale, rows without a change grey.
+    By default the module inside layers whose changes are most unevenly spread. Long axes are drawn several
+    rows to a cell, experts of a layer together; shares are on a log scale, rows without a change grey.
 
     Raises `OptionError` where "rows" was not measured, or the module has no matrices.
 
@@ -47,11 +47,13 @@ def stripes(result: Diff, module: str | None = None) -> go.Figure:
 
 
 def striped_modules(diff: Diff) -> list[str]:
-    """Modules that have matrices, those with the most unevenly spread changes first."""
+    """Modules that have matrices: those inside layers first, of these the ones with the most unevenly spread changes."""
     uneven = pl.max_horizontal("top1pct_rows_share", "top1pct_cols_share")
     matrices = diff.tensors.filter(pl.col("rows").is_not_null() & pl.col("duplicate_of").is_null())
-    found = matrices.group_by("module", maintain_order=True).agg(uneven.mean().fill_null(0).alias("uneven"))
-    return found.sort("uneven", descending=True, maintain_order=True)["module"].to_list()
+    found = matrices.group_by("module", maintain_order=True).agg(
+        uneven.mean().fill_null(0).alias("uneven"), pl.col("layer").is_not_null().any().alias("inside")
+    )
+    return found.sort("inside", "uneven", descending=True, maintain_order=True)["module"].to_list()
 
 
 def profiles(diff: Diff, module: str, axis: str) -> dict[int | None, Profile]:
