@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -160,6 +161,9 @@ def listed(repo: str, revision: str | None, endpoint: str | None) -> Repository:
 
     Raises `NotFound` for one that is not there or a Hub out of reach, `CheckpointError` for one that may not be read.
     """
+    with warnings.catch_warnings():  # in a notebook without ipywidgets, its progress bars complain
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        import huggingface_hub.utils  # noqa: F401
     from huggingface_hub import constants
     from urllib3.exceptions import HTTPError
 

@@ -12,8 +12,10 @@ import plotly.graph_objects as go
 from paramdiff.errors import OptionError
 from paramdiff.output import write_aside
 from paramdiff.plots import style
+from paramdiff.wording import shortened
 
 WIDTHS = {"column": 340, "text": style.WIDTH}  # CSS pixels: 9 and 18 cm, the two widths of a paper
+NARROW = 500  # below, the legend goes under the figure and fonts shrink
 PICTURES = ("png", "svg", "pdf")
 SHARPNESS = 3  # pixels of a PNG per CSS pixel: 288 to the inch
 
@@ -79,15 +81,32 @@ def sized(fig: go.Figure, width: int | None) -> go.Figure:
     if width is None:
         return copy
     copy.update_layout(width=width)
-    if width < 500:
-        named = sum(bool(trace.name) and trace.showlegend is not False for trace in fig.data)
-        rows = -(-named // 3) if named > 1 else 0
+    if width < NARROW:
+        named = [trace for trace in copy.data if trace.name and trace.showlegend is not False]
+        for trace in named:
+            trace.name = shortened(str(trace.name), 16)
+        text = 4.6 * max((len(trace.name) for trace in named), default=0)  # pixels, of letters in a small font
+        rows = -(-len(named) // max(1, int((width - 70) // (40 + text)))) if len(named) > 1 else 0
+        below = 42 + 19 * rows
+        plotted = min(fig.layout.height - 100, 230) if rows else fig.layout.height - 100
         copy.update_layout(
-            font={"size": 9}, title={"font": {"size": 10}}, margin={"l": 40, "r": 8, "t": 40, "b": 44 + 16 * rows},
-            legend={"orientation": "h", "font": {"size": 8}, "y": -0.28, "yanchor": "top", "x": 0.5, "xanchor": "center"},
-            height=min(fig.layout.height, 300) + 16 * rows,
+            font={"size": 9}, title={"text": _wrapped(str(fig.layout.title.text)), "font": {"size": 10}},
+            margin={"l": 40, "r": 8, "t": 48, "b": below}, height=48 + plotted + below,
+            legend={
+                "orientation": "h", "font": {"size": 8}, "yref": "container", "y": 0, "yanchor": "bottom", "x": 0,
+                "xref": "container", "xanchor": "left", "entrywidth": text, "entrywidthmode": "pixels",
+            },
         )  # fmt: skip
     return copy
+
+
+def _wrapped(title: str) -> str:
+    """A title on two lines: what is shown, and of what.
+
+    >>> _wrapped("Mean |Δ|, by layer: base → sft")
+    'Mean |Δ|, by layer<br>base → sft'
+    """
+    return title.replace(": ", "<br>", 1)
 
 
 def picture(fig: go.Figure, kind: str, pixels: int) -> bytes:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
@@ -16,7 +17,7 @@ from paramdiff.plots import quantities, runs, style
 from paramdiff.plots.quantities import Quantity
 
 OUTSIDE = -1  # where what lies outside layers is drawn
-ROW, AROUND = 17, 118  # height of a row of cells and of all else, in pixels
+ROW, GAP, AROUND = 17, 44, 118  # height of a row of cells, between panels, and of all else, in pixels
 
 
 def heatmap(
@@ -82,16 +83,19 @@ def draw(
     rows = list(dict.fromkeys(key for frame in frames.values() for key in frame[across].to_list()))
     if across == "expert":
         rows.sort()
-    title = f"{what.label[0].upper()}{what.label[1:]}, by layer and {across}"
+    title = f"{style.sentence(what.label)}, by layer and {across}"
     title += (f" of {style.safe(of)}" if of else "") + f": {style.safe(subject)}"
     single = min(ROW, max(3, 900 // max(1, len(rows))))
-    height = AROUND + max(3 * ROW, single * len(rows) * len(frames)) + 22 * (len(frames) - 1)
+    panel = max(3 * ROW, single * len(rows))
+    inner = panel * len(frames) + GAP * (len(frames) - 1)
+    height = AROUND + inner
     fig = style.figure(title, _alt(frames, what, across), height=height)
     zeros = False
     for number, (label, frame) in enumerate(frames.items()):
         axes = {"xaxis": f"x{number + 1}", "yaxis": f"y{number + 1}"} if number else {}
         zeros = _add(fig, frame, what, rows, across, scale, axes) or zeros
-        _axes(fig, frames, number, label, rows, across)
+        top = 1 - number * (panel + GAP) / inner
+        _axes(fig, frames, number, label, rows, across, (top - panel / inner, top))
     if zeros:
         fig.add_annotation(
             text="<span style='color:#999999'>■</span> zero", xref="paper", yref="paper", x=1, xanchor="left", xshift=10,
@@ -106,9 +110,11 @@ def _scale(what: Quantity, values: Sequence[float]) -> dict[str, Any]:
     if what.is_log:
         positive = [v for v in values if v > 0] or [1.0]
         low, high = min(positive), max(positive)
+        # A few cells far below all others would take the colours from them: they share the darkest, and its tick says so.
+        lowest, low = low, max(low, float(np.quantile(positive, 0.05)) / 2)
         if low == high:
             low, high = low / 1.1, high * 1.1
-        bar["tickvals"], bar["ticktext"] = style.decades(low, high, share=what.scale == quantities.SHARE)
+        bar["tickvals"], bar["ticktext"] = _ticks(low, high, clipped=lowest < low, share=what.scale == quantities.SHARE)
         return {"colorscale": style.SEQUENTIAL, "cmin": math.log10(low), "cmax": math.log10(high), "colorbar": bar}
     if what.scale == quantities.SIGNED:
         most = max((abs(v) for v in values), default=1.0) or 1.0
@@ -117,6 +123,19 @@ def _scale(what: Quantity, values: Sequence[float]) -> dict[str, Any]:
     if what.scale == quantities.PERCENT:
         bar["ticksuffix"] = " %"
     return {"colorscale": style.SEQUENTIAL, "cmin": low, "cmax": high if high > low else low + 1e-9, "colorbar": bar}
+
+
+def _ticks(low: float, high: float, *, clipped: bool, share: bool) -> tuple[list[float], list[str]]:
+    """Ticks of a log colour bar; where cells lie below it, the lowest one says so."""
+    at, text = style.decades(low, high, share=share)
+    if clipped:
+        first, apart = math.log10(low), 0.08 * math.log10(high / low)
+        kept = [(power, label) for power, label in zip(at, text, strict=True) if power > first + apart]
+        at, text = (
+            [first, *(power for power, _ in kept)],
+            [f"≤ {style.tick(low, share=share)}", *(label for _, label in kept)],
+        )
+    return at, text
 
 
 def _add(
@@ -176,7 +195,15 @@ def _layers(frames: Sequence[pl.DataFrame]) -> list[int]:
     return ([OUTSIDE] if None in found else []) + inside
 
 
-def _axes(fig: go.Figure, frames: dict[str, pl.DataFrame], number: int, label: str, rows: list[Any], across: str) -> None:
+def _axes(
+    fig: go.Figure,
+    frames: dict[str, pl.DataFrame],
+    number: int,
+    label: str,
+    rows: list[Any],
+    across: str,
+    domain: tuple[float, float],
+) -> None:
     """Label the axes of the `number`-th frame, which share the figure's height."""
     layers = _layers([list(frames.values())[number]])
     inside = [(position, layer) for position, layer in enumerate(layers) if layer != OUTSIDE]
@@ -184,9 +211,6 @@ def _axes(fig: go.Figure, frames: dict[str, pl.DataFrame], number: int, label: s
     shown = [(position, str(layer)) for position, layer in inside if layer % every == 0]
     if OUTSIDE in layers:
         shown.insert(0, (0, "none"))
-    part = 1 / len(frames)
-    gap = 0.0 if len(frames) == 1 else 0.16 * part
-    top = 1 - number * part - (gap if len(frames) > 1 else 0)
     last = number == len(frames) - 1
     names = [style.safe(str(row), 28) for row in rows]
     several = max(1, math.ceil(len(rows) / 60))
@@ -199,15 +223,15 @@ def _axes(fig: go.Figure, frames: dict[str, pl.DataFrame], number: int, label: s
             },
             f"yaxis{number + 1 if number else ''}": {
                 "tickvals": list(range(len(rows)))[::several], "ticktext": names[::several], "showgrid": False,
-                "range": [len(rows) - 0.5, -0.5], "domain": [1 - (number + 1) * part, top],
+                "range": [len(rows) - 0.5, -0.5], "domain": [max(0.0, domain[0]), domain[1]],
                 "title": {"text": across if across == "expert" else ""}, "anchor": f"x{number + 1 if number else ''}",
             },
         }
     )  # fmt: skip
     if len(frames) > 1:
         fig.add_annotation(
-            text=f"<b>{style.safe(label)}</b>", xref="paper", yref="paper", x=0, y=top, xanchor="left", yanchor="bottom",
-            showarrow=False,
+            text=f"<b>{style.safe(label)}</b>", xref="paper", yref="paper", x=0, y=domain[1], xanchor="left",
+            yanchor="bottom",             showarrow=False,
         )  # fmt: skip
 
 

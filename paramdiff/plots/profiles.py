@@ -66,7 +66,7 @@ def draw(frames: dict[str, pl.DataFrame], what: Quantity, subject: str) -> go.Fi
     positive = [v for v in values if v > 0]
     floor = min(positive) / 2 if positive else 0.5
     zeros = what.is_log and len(positive) < len(values)
-    title = f"{what.label[0].upper()}{what.label[1:]}, by layer: {style.safe(subject)}"
+    title = f"{style.sentence(what.label)}, by layer: {style.safe(subject)}"
     fig = style.figure(title, _alt(lines, what))
     for number, (label, points) in enumerate(lines.items(), start=-1 if ALL in lines else 0):
         look = {"color": style.INK, "width": 3} if label == ALL else style.line(number)

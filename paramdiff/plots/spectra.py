@@ -120,7 +120,7 @@ def draw(lines: dict[str, list[tuple[Floats, Floats]]], subject: str, *, ordered
         if len(medians) <= 3 and len(relative) > 2:
             for panel, values in enumerate((relative, energy)):
                 _band(fig, values, str(look["color"]), panel)
-        of = f", median of {len(relative)}" if len(relative) > 1 else ""
+        there = np.isfinite(relative).sum(axis=0)  # a narrow matrix has no first 1 % of its directions
         for panel, values in enumerate((sigma, held)):
             known = np.isfinite(values) & (values > 0)
             said = number if panel == 0 else percent
@@ -129,8 +129,9 @@ def draw(lines: dict[str, list[tuple[Floats, Floats]]], subject: str, *, ordered
                 x=_rounded(GRID[known]), y=_rounded(values[known]), name=name, legendgroup=label, showlegend=panel == 0,
                 mode="lines", line=look, **_axes(panel), hoverinfo="text",
                 hovertext=[
-                    f"{name}{of}<br>first {percent(float(x))} of the directions<br>{what}: <b>{said(float(y))}</b>"
-                    for x, y in zip(GRID[known], values[known], strict=True)
+                    f"{name}{f', median of {n} matrices' if n > 1 else ''}<br>first {percent(float(x))} of the directions"
+                    f"<br>{what}: <b>{said(float(y))}</b>"
+                    for x, y, n in zip(GRID[known], values[known], there[known], strict=True)
                 ],
             )  # fmt: skip
     for mark in MARKS:
@@ -142,13 +143,13 @@ def draw(lines: dict[str, list[tuple[Floats, Floats]]], subject: str, *, ordered
 def _layout(fig: go.Figure, medians: dict[str, list[Floats]]) -> None:
     some = [GRID[np.isfinite(relative).any(axis=0)] for relative, _ in medians.values()]
     first = min(float(part[0]) for part in some if len(part))
-    axis = {**style.log_axis([first, 1.0], share=True, margin=1.0), "title": {"text": "share of directions"}}
+    axis = {**style.log_axis([first, 1.0], share=True, margin=1.0, most=5), "title": {"text": "share of directions"}}
     positive = [float(v) for relative, _ in medians.values() for v in _median(relative) if v > 0]
     fig.update_layout(
-        xaxis={**axis, "domain": [0, 0.43], "anchor": "y"}, xaxis2={**axis, "domain": [0.57, 1], "anchor": "y2"},
+        xaxis={**axis, "domain": [0, 0.4], "anchor": "y"}, xaxis2={**axis, "domain": [0.6, 1], "anchor": "y2"},
         yaxis={**style.log_axis([max(min(positive, default=1.0), 1e-8), 1.0]), "title": {"text": "σᵢ / σ₁"}, "anchor": "x"},
         yaxis2={
-            "range": [0, 1.03], "tickformat": ".0%", "title": {"text": "share of the energy Σσ²"}, "anchor": "x2",
+            "range": [0, 1.03], "tickformat": ".0%", "title": {"text": "energy, share of Σσ²"}, "anchor": "x2",
             "tickvals": [0, 0.25, 0.5, 0.75, 0.9, 0.99],
         },
     )  # fmt: skip

@@ -31,7 +31,7 @@ TEMPLATE = go.layout.Template(
         "title": {"font": {"size": 13}, "x": 0, "xref": "container", "xanchor": "left", "pad": {"l": 8}},
         "paper_bgcolor": "white", "plot_bgcolor": "white", "colorway": COLOURS,
         "xaxis": _AXIS, "yaxis": _AXIS,
-        "legend": {"font": {"size": 10}, "itemsizing": "constant", "tracegroupgap": 2},
+        "legend": {"font": {"size": 10}, "tracegroupgap": 2},
         "hoverlabel": {"align": "left", "font": {"family": FONT, "size": 11}},
         "margin": {"l": 60, "r": 20, "t": 48, "b": 50},
     }
@@ -74,15 +74,15 @@ def faded(colour: str, opacity: float = 0.15) -> str:
 def decades(low: float, high: float, *, share: bool = False, most: int = 9) -> tuple[list[float], list[str]]:
     """Ticks of a log axis between two positive values: their log10 and their labels, at most `most`.
 
-    >>> decades(0.002, 0.3, share=True)
-    ([-2.0, -1.0], ['1 %', '10 %'])
+    >>> decades(0.0002, 0.3, share=True)
+    ([-3.0, -2.0, -1.0], ['0.1 %', '1 %', '10 %'])
     >>> decades(0.1, 0.3)[1]
     ['0.1', '0.2', '0.3']
     """
     first, last = math.log10(low), math.log10(high)
     powers = range(math.floor(first), math.ceil(last) + 1)
-    if last - first < 1.3:  # too few powers of ten to read values by
-        steps = range(1, 10) if last - first < 0.8 else (1, 2, 5)
+    if last - first < 2.2:  # too few powers of ten to read values by
+        steps = (1, 3) if most < 6 else range(1, 10) if last - first < 0.8 else (1, 2, 5)
         values = [step * 10.0**power for power in powers for step in steps]
     else:
         every = math.ceil(len(powers) / most)
@@ -110,6 +110,8 @@ def tick(value: float, *, share: bool = False) -> str:
 def log_axis(values: Sequence[float], *, share: bool = False, margin: float = 1.25, most: int = 9) -> dict[str, Any]:
     """A log axis over positive values, with the same labels as colour bars have."""
     low, high = min(values) / margin, max(values) * margin
+    if share:
+        high = min(high, 1.04)  # there is nothing beyond 100 %
     at, text = decades(low, high, share=share, most=most)
     return {
         "type": "log", "tickvals": [10.0**power for power in at], "ticktext": text,
@@ -117,10 +119,11 @@ def log_axis(values: Sequence[float], *, share: bool = False, margin: float = 1.
     }  # fmt: skip
 
 
-def several(items: Sequence[str], most: int = 3) -> str:
-    """A list in words, cut off where it is long.
+def sentence(label: str) -> str:
+    """A label as the beginning of a title; names of columns and symbols stay as they are.
 
-    >>> several(["a", "b", "c", "d", "e"])
-    'a, b, c and 2 more'
+    >>> sentence("mean |Δ|"), sentence("σ₁ of Δ"), sentence("my_column"), sentence("cos(m, g)")
+    ('Mean |Δ|', 'σ₁ of Δ', 'my_column', 'cos(m, g)')
     """
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+    word = label.split(" ")[0]
+    return label[0].upper() + label[1:] if word.isascii() and word.isalpha() else label
