@@ -4,11 +4,12 @@ BIN := .venv/bin
 READY := .venv/.ready
 FIRST := tests paramdiff cli/paramdiff_cli
 
-.PHONY: demo test check lint types docs bench sample-data clean
+.PHONY: demo test check lint types docs figures notebooks bench sample-data clean
 
 demo: $(READY)  ## compare two real checkpoints of sample_data
 	$(BIN)/paramdiff sparsity sample_data/base sample_data/rl-sgd --tol 1e-5 --out out/demo
 	$(BIN)/paramdiff layers sample_data/base sample_data/rl-sgd
+	$(BIN)/paramdiff report sample_data/base sample_data/rl-sgd sample_data/sft --tol 1e-5 -o out/demo.html
 
 test: $(READY) lint types  ## everything that CI runs
 	$(BIN)/pytest --doctest-modules $(FIRST) --cov --cov-report=term:skip-covered
@@ -23,8 +24,13 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-docs: $(READY)  ## docs/columns.md from paramdiff/columns.py, and the README's picture
+figures: $(READY)  ## the pictures of the README, which need Chromium
 	$(BIN)/python docs/make_pictures.py
+
+notebooks: $(READY)  ## run the notebooks again and keep their outputs
+	$(BIN)/python notebooks/run.py
+
+docs: $(READY)  ## docs/columns.md from paramdiff/columns.py
 	$(BIN)/python -c "from paramdiff.columns import markdown; print(markdown(), end='')" > docs/columns.md
 
 bench: $(READY)  ## side by side with other tools: 10 GB of disk, half an hour
@@ -32,6 +38,7 @@ bench: $(READY)  ## side by side with other tools: 10 GB of disk, half an hour
 	test -d benchmarks/data/base || $(BIN)/python benchmarks/make_pair.py benchmarks/data
 	$(BIN)/python benchmarks/run.py benchmarks/data
 	$(BIN)/python benchmarks/ranks.py benchmarks/data
+	$(BIN)/python benchmarks/report.py
 
 sample-data: $(READY)  ## train the checkpoints of sample_data again
 	$(BIN)/pip install -q -c constraints.txt -e '.[sample-data]'

@@ -16,6 +16,7 @@ from paramdiff.moments import Moments
 from paramdiff.plots import quantities, runs, style
 from paramdiff.plots.quantities import Quantity
 
+LABEL = 16  # pixels above a panel for its name
 OUTSIDE = -1  # where what lies outside layers is drawn
 ROW, GAP, AROUND = 17, 44, 118  # height of a row of cells, between panels, and of all else, in pixels
 
@@ -88,8 +89,10 @@ def draw(
     single = min(ROW, max(3, 900 // max(1, len(rows))))
     panel = max(3 * ROW, single * len(rows))
     inner = panel * len(frames) + GAP * (len(frames) - 1)
-    height = AROUND + inner
+    height = AROUND + inner + (LABEL if len(frames) > 1 else 0)
     fig = style.figure(title, _alt(frames, what, across), height=height)
+    if len(frames) > 1:  # the first panel's label stands above it
+        fig.update_layout(margin={"t": style.MARGIN["t"] + LABEL})
     zeros = False
     for number, (label, frame) in enumerate(frames.items()):
         axes = {"xaxis": f"x{number + 1}", "yaxis": f"y{number + 1}"} if number else {}

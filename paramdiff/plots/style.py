@@ -21,6 +21,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 SEQUENTIAL, SIGNED = "Cividis", "PuOr"
 WIDTH, HEIGHT = 680, 380  # CSS pixels: the text width of a page, at 96 to the inch 18 cm
 FONT = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+MARGIN = {"l": 60, "r": 20, "t": 48, "b": 50}  # pixels
 _AXIS = {
     "showline": True, "linecolor": INK, "linewidth": 1, "ticks": "outside", "tickcolor": INK, "ticklen": 4,
     "gridcolor": "#ececec", "zeroline": False, "automargin": True, "title": {"standoff": 8},
@@ -33,7 +34,7 @@ TEMPLATE = go.layout.Template(
         "xaxis": _AXIS, "yaxis": _AXIS,
         "legend": {"font": {"size": 10}, "tracegroupgap": 2},
         "hoverlabel": {"align": "left", "font": {"family": FONT, "size": 11}},
-        "margin": {"l": 60, "r": 20, "t": 48, "b": 50},
+        "margin": MARGIN,
     }
 )  # fmt: skip
 
