@@ -70,8 +70,8 @@ class Moments:
         True
         """
         stepped = self.parameters.filter(pl.col("has_state"))
-        both = stepped.group_by("name").agg(pl.col("side").n_unique()).filter(pl.col("side") == 2)["name"]
-        common = stepped.filter(pl.col("name").is_in(both.implode()))
+        both = stepped.group_by("name").agg(pl.col("side").n_unique()).filter(pl.col("side") == 2)
+        common = stepped.join(both, on="name", how="semi", maintain_order="left")
         first, second = (self._rolled_up(common.filter(pl.col("side") == side), keys) for side in ("first", "second"))
         others = {tuple(row[key] for key in keys): row for row in second.to_dicts()}
         rows = []

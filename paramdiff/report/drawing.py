@@ -23,7 +23,7 @@ ADAM = (
     "adaptivity", "eff_lr_p50", "log10_eff_lr_std", "sqrt_vhat_mean", "sqrt_vhat_std", "v_zero", "equivalent_sgd_lr",
     "update_rms", "update_saturated", "update_small", "bf16_visible", "grad_norm", "momentum_grad_cosine",
 )  # fmt: skip
-LEFT_OUT = ("changed", "numel", "l2_base", "l2_tuned")  # drawn as something else, or the same in every run
+LEFT_OUT = ("numel", "l2_base", "l2_tuned")  # nearly the same in every run: in the menu of the heat map only
 JOIN = "\x1f"  # between the choices that name a figure
 
 
@@ -41,6 +41,9 @@ class Group:
             fig = draw(*args, **options)
         except OptionError:  # nothing of this kind in this run
             return
+        while JOIN.join(choice for _, choice in choices) in self.figures:  # two long names that were shortened alike
+            *before, (menu, choice) = choices
+            choices = [*before, (menu, f"{choice} ′")]
         for position, (menu, choice) in enumerate(choices):
             if position == len(self.menus):
                 self.menus.append((menu, []))
@@ -86,19 +89,19 @@ def of_runs(diffs: dict[str, Diff]) -> dict[str, Group]:
     for label, diff in diffs.items():
         chosen = [("Run", label)] if len(diffs) > 1 else []
         named = {label: diff}
-        for table, names in _tables(diff):
+        for table, names, others in _tables(diff):
             cells = quantities.rolled(diff, table, ["layer", "module"])
             cells = heat.in_order(cells, diff.tables[table])
             whole = quantities.rolled(diff, table, ["layer"])
             lines = {profiles.ALL: whole, **profiles.by_module(cells)}
             subject = runs.subject(named)
-            for name in names:
+            for name in [*names, *others]:
                 what = quantities.quantity(name, cells[name] if name in cells.columns else None)
                 if name not in cells.columns or (what.count or name) not in cells.columns:
                     continue
                 choices = [*chosen, ("Quantity", what.label)]
                 groups["heat"].add(choices, heat.draw, {label: cells}, what, subject)
-                if len(lines) > 1:
+                if name in names and len(lines) > 1:
                     groups["layers"].add(choices, profiles.draw, lines, what, subject)
         _experts(groups["experts"], diff, chosen, runs.subject(named))
         _bins(groups["histograms"], named, chosen)
@@ -177,17 +180,21 @@ def one_side(result: Moments, side: str) -> Moments:
 
 
 def columns(diff: Diff) -> list[str]:
-    """The columns of a comparison that a menu offers, in the order of `quantities`, then those of one's own measures."""
-    return [name for _, names in _tables(diff) for name in names]
+    """The columns of a comparison that runs are set side by side by."""
+    return [name for _, names, _ in _tables(diff) for name in names]
 
 
-def _tables(diff: Diff) -> Iterator[tuple[str, list[str]]]:
+def _tables(diff: Diff) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Tables by layer and module: the columns that matter, in the order of `quantities`, with those of one's own measures at
+    the end; and the rest, which only the heat map offers. A count is left out where its share is there."""
     for table in ("tensors", "ranks"):
         known = quantities.drawable(diff, table)
+        counts = {quantities.quantity(name).count for name in known} | {"changed"}
         tolerances = [name for name in known if name.startswith("sparsity[")]
-        familiar = [name for name in quantities.QUANTITIES if name in known and name not in LEFT_OUT]
-        own = [
-            n for n in known if n not in TABLES[table] and not n.startswith(("sparsity[", "above[")) and n not in familiar
+        familiar = [
+            n for n in quantities.QUANTITIES if n in known and n not in LEFT_OUT and (n not in counts or n == "sign_flips")
         ]
+        own = [n for n in known if n not in TABLES[table] and "[" not in n and n not in familiar]
         at = familiar.index("sparsity_bf16") + 1 if "sparsity_bf16" in familiar else len(familiar)
-        yield table, [*familiar[:at], *tolerances, *familiar[at:], *own]
+        chosen = [*familiar[:at], *tolerances, *familiar[at:], *own]
+        yield table, chosen, [name for name in known if name not in chosen and name not in counts]

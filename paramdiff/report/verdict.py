@@ -68,13 +68,20 @@ def _beside_papers(diff: Diff, total: dict[str, Any]) -> list[Finding]:
             parts.append(f"{name} {percent(low)} to {percent(high)} ({len(entries)} pairs)")
             if low <= share <= high:
                 inside.append(name)
-    claim = f"That is within what papers report for {' and '.join(inside)}." if inside else ""
+    same = [e for e in known if e.is_on_hub and (e.base, e.tuned) == _repositories(diff)]
+    claim = f"Papers report {percent(same[0].sparsity)} for this very pair." if same else ""
+    claim = claim or (f"That is within what papers report for {' and '.join(inside)}." if inside else "")
     claim = claim or "That is outside what papers report for other models."
     sources = sorted({e.source.split(" Table")[0] for e in known})
     evidence = (
         f"{percent(share)} {said} here; published: {'; '.join(parts)}. {', '.join(sources)}. Models, data and rates differ."
     )
     return [Finding(claim, evidence, "overall")]
+
+
+def _repositories(diff: Diff) -> tuple[Any, Any]:
+    """The Hub's names of both sides, where they come from there."""
+    return diff.run["base"].get("repository"), diff.run["tuned"].get("repository")
 
 
 def _where(diff: Diff) -> Finding:
@@ -123,8 +130,8 @@ def _ulps(diff: Diff) -> float | None:
     """The share of changes by exactly one ulp; None where no tensor has such distances."""
     if "histograms" not in diff.tables:
         return None
-    own = diff.tensors.filter(pl.col("duplicate_of").is_null())["name"]
-    bins = diff.tables["histograms"].filter((pl.col("histogram") == "ulp") & pl.col("name").is_in(own.implode()))
+    own = diff.tensors.filter(pl.col("duplicate_of").is_null())
+    bins = diff.tables["histograms"].filter(pl.col("histogram") == "ulp").join(own, on="name", how="semi")
     changed, one = (int(bins.filter(part)["count"].sum()) for part in (pl.col("lower") > 0, pl.col("lower") == 1))
     return one / changed if changed else None
 
