@@ -211,7 +211,7 @@ def _axes(
     layers = _layers([list(frames.values())[number]])
     inside = [(position, layer) for position, layer in enumerate(layers) if layer != OUTSIDE]
     every = max(1, math.ceil(len(inside) / 16))
-    shown = [(position, str(layer)) for position, layer in inside if layer % every == 0]
+    shown = [(x, str(layer)) for x, layer in inside if layer % every == 0 and (x > 1 or every == 1 or OUTSIDE not in layers)]
     if OUTSIDE in layers:
         shown.insert(0, (0, "none"))
     last = number == len(frames) - 1
@@ -221,7 +221,7 @@ def _axes(
         {
             f"xaxis{number + 1 if number else ''}": {
                 "tickvals": [x for x, _ in shown], "ticktext": [text for _, text in shown],
-                "range": [-0.5, len(layers) - 0.5],
+                "range": [-0.5, len(layers) - 0.5], "tickangle": 0,
                 "title": {"text": "layer" if last else ""}, "showgrid": False, "anchor": f"y{number + 1 if number else ''}",
             },
             f"yaxis{number + 1 if number else ''}": {
@@ -248,10 +248,11 @@ def _alt(frames: dict[str, pl.DataFrame], what: Quantity, across: str) -> str:
             said.append("no values")
             continue
         (low, *least), (high, *most) = known[0], known[-1]
-        text = f"from {what.said(low)} ({_where(*least)}) to {what.said(high)} ({_where(*most)})"
+        text = f"from {what.said(low)} ({_where(*least, across)}) to {what.said(high)} ({_where(*most, across)})"
         said.append(f"{label}: {text}" if len(frames) > 1 else text)
     return f"Heat map of {what.label} by layer and {across}, {'; '.join(said)}."
 
 
-def _where(layer: int | None, row: Any) -> str:
+def _where(layer: int | None, row: Any, across: str) -> str:
+    row = f"expert {row}" if across == "expert" else row
     return f"{row}, outside layers" if layer is None else f"{row}, layer {layer}"

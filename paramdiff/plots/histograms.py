@@ -93,7 +93,7 @@ def _ulps(fig: go.Figure, lines: dict[str, tuple[pl.DataFrame, int]], which: str
                 for text, count in zip(texts, found, strict=True)
             ],
         )  # fmt: skip
-    fig.update_xaxes(type="category", categoryorder="array", categoryarray=texts, tickangle=-40)
+    fig.update_xaxes(type="category", categoryorder="array", categoryarray=texts, tickangle=-40, dtick=-(-len(texts) // 20))
 
 
 def _all_ulps(uppers: list[float]) -> list[tuple[float, float]]:

@@ -67,7 +67,7 @@ def draw(frames: dict[str, pl.DataFrame], what: Quantity, subject: str) -> go.Fi
     floor = min(positive) / 2 if positive else 0.5
     zeros = what.is_log and len(positive) < len(values)
     title = f"{style.sentence(what.label)}, by layer: {style.safe(subject)}"
-    fig = style.figure(title, _alt(lines, what))
+    fig = style.figure(title, _alt(lines, what), height=min(640, max(style.HEIGHT, 110 + 19 * len(lines))))
     for number, (label, points) in enumerate(lines.items(), start=-1 if ALL in lines else 0):
         look = {"color": style.INK, "width": 3} if label == ALL else style.line(number)
         _line(fig, label, points, what, floor, look)

@@ -113,6 +113,7 @@ def draw(lines: dict[str, list[tuple[Floats, Floats]]], subject: str, *, ordered
     """The figure of curves (see `curves`), a line for each list of them; `ordered`: coloured by their order."""
     medians = {label: [np.stack(part) for part in zip(*found, strict=True)] for label, found in lines.items()}
     fig = style.figure(f"Spectrum of the update: {style.safe(subject)}", "", height=340)
+    every = -(-len(medians) // 14) if ordered else 1  # colours in an order need no name each
     for position, (label, (relative, energy)) in enumerate(medians.items()):
         look = {"color": style.shade(position, len(medians)), "width": 1.4} if ordered else style.line(position)
         name = style.safe(f"layer {label}" if ordered and label.isdecimal() else label, 30)
@@ -126,7 +127,8 @@ def draw(lines: dict[str, list[tuple[Floats, Floats]]], subject: str, *, ordered
             said = number if panel == 0 else percent
             what = "σᵢ/σ₁" if panel == 0 else "energy"
             fig.add_scatter(
-                x=_rounded(GRID[known]), y=_rounded(values[known]), name=name, legendgroup=label, showlegend=panel == 0,
+                x=_rounded(GRID[known]), y=_rounded(values[known]), name=name, legendgroup=label,
+                showlegend=panel == 0 and position % every == 0,
                 mode="lines", line=look, **_axes(panel), hoverinfo="text",
                 hovertext=[
                     f"{name}{f', median of {n} matrices' if n > 1 else ''}<br>first {percent(float(x))} of the directions"
