@@ -108,7 +108,8 @@ def load_tables(directory: str | Path) -> tuple[dict[str, pl.DataFrame], dict[st
     source = Path(directory)
     try:
         run = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))
-        if not isinstance(run, dict) or "tables" not in run:
+        sides = ("first",) if isinstance(run, dict) and run.get("command") == "adam" else ("base", "tuned")
+        if not isinstance(run, dict) or not {"tables", "options", *sides} <= run.keys():
             raise OutputError(f"{source / RUN_FILE} was not written by paramdiff.")
         return {name: pl.read_parquet(source / f"{name}.parquet") for name in run["tables"]}, run
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:

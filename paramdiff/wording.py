@@ -16,6 +16,8 @@ def percent(share: float | None) -> str:
     if share in (0.0, 1.0):
         return f"{share * 100:.0f} %"
     small = min(abs(share), abs(1 - share)) * 100
+    if 1 - 1e-12 < share < 1 + 1e-12:
+        return "100 %"
     digits = min(10, max(2, 2 - math.floor(math.log10(small))))
     return f"{share * 100:.{digits}f} %"
 
@@ -60,7 +62,7 @@ def labels(refs: list[str], longest: int = 40) -> list[str]:
     >>> labels(["same", "same"])
     ['same (1)', 'same (2)']
     """
-    parts = [ref.rstrip("/").split("/") for ref in refs]
+    parts = [[part for part in ref.split("/") if part not in ("", ".")] or [ref] for ref in refs]
     taken = [1] * len(refs)
     while True:
         named = ["/".join(part[-n:]) for part, n in zip(parts, taken, strict=True)]

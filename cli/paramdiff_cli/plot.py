@@ -84,7 +84,7 @@ def plot(
         fig.update_layout(title={"text": style.safe(title, 200)})
     plots.save(fig, target, width)
     if not quiet:
-        print(f"{wording.printable(str(target))}: {fig.layout.meta['alt']}")
+        print(wording.printable(f"{target}: {fig.layout.meta['alt']}"))
 
 
 TAKES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,11 +22,12 @@ States = Annotated[
     list[str] | None,
     typer.Option("--adam", help="Optimizer state to show too: a checkpoint, or what `adam --out` wrote; may be repeated."),
 ]
+DEFAULT = "change,magnitude,rows,spectrum"
 Measures = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--measures",
-        help="What to measure: subspace can be added; spectrum takes longest and can be left out.",
+        help=f"What to measure, {DEFAULT} by default: spectrum takes longest and can be left out, subspace added.",
         metavar="A,B,…",
     ),
 ]
@@ -36,7 +38,7 @@ def report(
     refs: Refs,
     output: Page,
     tol: options.Tol = None,
-    measures: Measures = "change,magnitude,rows,spectrum",
+    measures: Measures = None,
     method: options.MethodOption = options.Method.exact,
     adam: States = None,
     title: Title = None,
@@ -75,6 +77,17 @@ def report(
     saved = [is_result(ref) for ref in refs]
     results: list[Diff | Moments]
     if all(saved):
+        given = {
+            "--tol": tol,
+            "--include": include,
+            "--exclude": exclude,
+            "--map": renames,
+            "--out": out,
+            "--measures": measures,
+        }
+        asked = next((name for name, value in given.items() if value), None)
+        if asked is not None:
+            raise OptionError(f"{asked} is for checkpoints, and {refs[0][:80]} has been measured.", hint="Leave it out.")
         results = [paramdiff.load(ref) for ref in refs]
     elif any(saved):
         raise OptionError(
@@ -97,7 +110,7 @@ def report(
                 exclude=exclude or [],
                 renames=renames or [],
                 method=method.value,
-                **options.chosen(measures),
+                **options.chosen(measures or DEFAULT),
                 threads=threads,
             )
             for number, tuned in enumerate(refs[1:])
@@ -115,7 +128,9 @@ def _place(out: str | None, tuned: list[str], number: int) -> str | None:
 
     if out is None or len(tuned) == 1:
         return out
-    return str(Path(out) / labels(tuned)[number].replace("/", "_"))
+    names = [re.sub(r"[^\w.@-]+", "_", label).strip("._") or "run" for label in labels(tuned)]
+    name = names[number] if names.count(names[number]) == 1 else f"{names[number]}-{number + 1}"
+    return str(Path(out) / name)
 
 
 def _state(ref: str, quiet: bool, threads: int | None, device: str) -> Any:

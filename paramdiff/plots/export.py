@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from html import escape
+from html import escape, unescape
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def page(fig: go.Figure) -> str:
     shown = sized(fig, None)
     alt = escape(str(fig.layout.meta["alt"]))
     body = shown.to_html(include_plotlyjs=True, full_html=False, config=CONFIG, div_id="figure")
-    title = escape(str(fig.layout.title.text), quote=False)
+    title = escape(unescape(str(fig.layout.title.text)), quote=False)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"></head>\n<body style="margin:1rem;font-family:{style.FONT}">\n'

@@ -79,6 +79,7 @@ def draw(
     frames: dict[str, pl.DataFrame], what: Quantity, subject: str, *, across: str = "module", of: str = ""
 ) -> go.Figure:
     """The heat map of rolled-up frames: columns layer, `across`, that of `what`, tensors and name."""
+    what = quantities.over_groups(what, frames.values())
     values = [v for frame in frames.values() for v in quantities.drawn(frame, what) if v is not None]
     scale = _scale(what, values)
     rows = list(dict.fromkeys(key for frame in frames.values() for key in frame[across].to_list()))
@@ -101,8 +102,8 @@ def draw(
         _axes(fig, frames, number, label, rows, across, (top - panel / inner, top))
     if zeros:
         fig.add_annotation(
-            text="<span style='color:#999999'>■</span> zero", xref="paper", yref="paper", x=1, xanchor="left", xshift=10,
-            y=0, yanchor="top", yshift=-8, showarrow=False, font={"size": 10},
+            text=f"<span style='color:{style.NOTHING}'>■</span> zero", xref="paper", yref="paper", x=1, xanchor="left",
+            xshift=10, y=0, yanchor="top", yshift=-8, showarrow=False, font={"size": 10},
         )  # fmt: skip
     return fig
 
@@ -158,8 +159,8 @@ def _add(
     zero: list[list[float | None]] = [[None] * len(layers) for _ in rows]
     hover = [[""] * len(layers) for _ in rows]
     keys = zip(frame["layer"].to_list(), frame[across].to_list(), strict=True)
-    counts = frame[what.count].to_list() if what.count in frame.columns else None
-    sizes = frame["numel"].to_list() if "numel" in frame.columns else None
+    counts: Any = frame[what.count].to_list() if what.count in frame.columns else None
+    sizes: Any = frame[what.of].to_list() if what.of in frame.columns else None
     every = zip(keys, quantities.drawn(frame, what), frame["name"].to_list(), frame["tensors"].to_list(), strict=True)
     for index, ((layer, row), value, name, tensors) in enumerate(every):
         x, y = place[OUTSIDE if layer is None else layer], height[row]
@@ -167,9 +168,8 @@ def _add(
             drawn = value if not what.is_log else math.log10(value) if value > 0 else None
             cells[y][x] = None if drawn is None else float(f"{drawn:.5g}")  # as fine as colours are; hovering has all digits
             zero[y][x] = 0.0 if drawn is None else None
-        of = (
-            f"<br>{counts[index]:,} of {sizes[index]:,} parameters" if counts and sizes and counts[index] is not None else ""
-        )
+        known = counts is not None and sizes is not None and counts[index] is not None
+        of = f"<br>{counts[index]:,} of {sizes[index]:,} {what.elements}" if known else ""
         hover[y][x] = f"{_who(name, tensors, layer, row, across)}<br>{what.label}: <b>{what.said(value)}</b>{of}"
     common = {
         "x": list(range(len(layers))), "y": list(range(len(rows))),
@@ -247,12 +247,12 @@ def _alt(frames: dict[str, pl.DataFrame], what: Quantity, across: str) -> str:
         if not known:
             said.append("no values")
             continue
-        (low, *least), (high, *most) = known[0], known[-1]
-        text = f"from {what.said(low)} ({_where(*least, across)}) to {what.said(high)} ({_where(*most, across)})"
-        said.append(f"{label}: {text}" if len(frames) > 1 else text)
+        least, most = (f"{what.said(v)} ({_where(layer, row, across)})" for v, layer, row in (known[0], known[-1]))
+        text = f"from {least} to {most}"
+        said.append(f"{style.plain(label)}: {text}" if len(frames) > 1 else text)
     return f"Heat map of {what.label} by layer and {across}, {'; '.join(said)}."
 
 
 def _where(layer: int | None, row: Any, across: str) -> str:
-    row = f"expert {row}" if across == "expert" else row
+    row = f"expert {row}" if across == "expert" else style.plain(row)
     return f"{row}, outside layers" if layer is None else f"{row}, layer {layer}"

@@ -8,12 +8,18 @@ import plotly.graph_objects as go
 import polars as pl
 
 from paramdiff.errors import OptionError
+from paramdiff.pairing import CODES
 from paramdiff.plots import quantities, runs, style
 from paramdiff.wording import percent
 
+MISSING = {
+    "ulp": "Integers have no distance in ulps.",
+    "log2_abs_delta": 'Nothing changed, or "magnitude" was not measured.',
+    "log2_rel_delta": 'Nothing changed, or "magnitude" was not measured.',
+}
 ULP, DELTA, RELATIVE = "ulp", "log2_abs_delta", "log2_rel_delta"
 AXES = {
-    ULP: "distance in ulps (steps of the stored type)",
+    ULP: "distance in ulps (steps of the type)",
     DELTA: "|Δ|",
     RELATIVE: "|Δ| / |base|",
 }
@@ -28,7 +34,8 @@ def histogram(results: runs.Results, which: str = DELTA, *, by: str | None = "ki
         which: log2_abs_delta (bins are powers of two of |Δ|), log2_rel_delta (of |Δ|/|base|) or ulp.
         by: how the tensors of one result are grouped.
 
-    Shares are of the elements of the group, so that unchanged ones, which only `ulp` has a bin for, count below the line.
+    Shares are of the elements of the group, changed or not; only `ulp` has a bin for the unchanged ones. A distance in ulps
+    counts steps of the type that both sides have in common.
 
     Raises `OptionError` where "change" and "magnitude" were not measured, or for another `which` or `by`.
 
@@ -46,18 +53,22 @@ def histogram(results: runs.Results, which: str = DELTA, *, by: str | None = "ki
     for label, diff in found.items():
         if "histograms" not in diff.tables:
             raise OptionError("This comparison has no histograms.", hint='Compare with measures=["change", "magnitude"].')
-        weights = diff.tensors.filter(pl.col("duplicate_of").is_null() & (pl.col("pairing_rule") != "codes"))
+        weights = diff.tensors.filter(pl.col("duplicate_of").is_null() & (pl.col("pairing_rule") != CODES))
         own = diff.tables["histograms"].filter(pl.col("histogram") == which)
-        lines |= grouped(own, weights, by if len(found) == 1 else None, label)
+        lines |= grouped(own, weights, which, by if len(found) == 1 else None, label)
     if not lines:
-        raise OptionError(f"No tensor has a histogram of {which}.", hint="Distances in ulps need one type on both sides.")
+        raise OptionError(f"No tensor has a histogram of {which}.", hint=MISSING[which])
     return draw(lines, which, runs.subject(found))
 
 
-def grouped(bins: pl.DataFrame, weights: pl.DataFrame, by: str | None, label: str) -> dict[str, tuple[pl.DataFrame, int]]:
-    """Added-up bins of each group, and the elements of its tensors that have any: those of one with no change count too."""
+def grouped(
+    bins: pl.DataFrame, weights: pl.DataFrame, which: str, by: str | None, label: str
+) -> dict[str, tuple[pl.DataFrame, int]]:
+    """Added-up bins of each group, and the elements of its tensors, unchanged ones too, that they are shares of."""
     key = pl.col(by) if by else pl.lit(label).alias("group")
     placed = weights.select("name", "numel", key.alias("group"))
+    if which == ULP:  # integers, say, have no such distance: they are no part of the whole
+        placed = placed.join(bins, on="name", how="semi")
     added = (
         bins.join(placed, on="name").group_by("group", "lower", "upper").agg(pl.col("count").sum()).sort("lower", "upper")
     )
@@ -125,7 +136,7 @@ def _thousands(value: float) -> str:
 def _powers(fig: go.Figure, lines: dict[str, tuple[pl.DataFrame, int]], which: str) -> None:
     ends = []
     for number, (label, (frame, of)) in enumerate(lines.items()):
-        inside = frame.filter(pl.col("lower").is_finite()).sort("lower")
+        inside = frame.filter(pl.col("lower").is_finite() & pl.col("upper").is_finite()).sort("lower")
         rows = _with_gaps(inside.select("lower", "upper", "count").rows())
         if not rows:
             continue
@@ -158,14 +169,16 @@ def _with_gaps(rows: list[tuple[float, float, int]]) -> list[tuple[float, float,
 
 def _alt(lines: dict[str, tuple[pl.DataFrame, int]], which: str) -> str:
     said = []
-    for label, (frame, of) in lines.items():
+    for name, (frame, of) in list(lines.items())[:8]:
+        label = style.plain(name)
         if which == ULP:
             rows = dict(frame.select("lower", "count").rows())
             said.append(f"{label}: {percent(rows.get(0.0, 0) / of)} unchanged, {percent(rows.get(1.0, 0) / of)} by one ulp")
         else:
-            inside = frame.filter(pl.col("lower").is_finite())
+            inside = frame.filter(pl.col("lower").is_finite() & pl.col("upper").is_finite())
             if inside.height:
                 peak = inside.sort("count", descending=True).row(0, named=True)
                 at = f"2^{peak['lower']:g} to 2^{peak['upper']:g}"
                 said.append(f"{label}: most often {at} ({percent(peak['count'] / of)})")
-    return f"Histogram of {AXES[which]}. {'; '.join(said)}."
+    more = f"; {len(lines) - 8} more lines" if len(lines) > 8 else ""
+    return f"Histogram of {AXES[which]}. {'; '.join(said)}{more}."

@@ -41,7 +41,7 @@ def adam(results: runs.Results, *, by: str = "module") -> go.Figure:
     _spread(fig, lines, "log10_sqrt_vhat")
     _rates(fig, rates)
     fig.update_layout(
-        xaxis={"domain": [0, 0.43]}, xaxis2={"domain": [0.58, 1], "anchor": "y2"}, yaxis2={"anchor": "x2"},
+        xaxis={"domain": [0, 0.4]}, xaxis2={"domain": [0.62, 1], "anchor": "y2"}, yaxis2={"anchor": "x2"},
     )  # fmt: skip
     return fig
 

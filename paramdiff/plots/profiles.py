@@ -61,6 +61,7 @@ def _quantity(column: str, frames: dict[str, pl.DataFrame]) -> Quantity:
 
 def draw(frames: dict[str, pl.DataFrame], what: Quantity, subject: str) -> go.Figure:
     """The profile of rolled-up frames: columns layer and that of `what`."""
+    what = quantities.over_groups(what, frames.values())
     lines = {label: _points(frame, what) for label, frame in frames.items()}
     values = [v for points in lines.values() for _, v, _ in points if v is not None]
     positive = [v for v in values if v > 0]
@@ -88,12 +89,13 @@ def draw(frames: dict[str, pl.DataFrame], what: Quantity, subject: str) -> go.Fi
 
 def _points(frame: pl.DataFrame, what: Quantity) -> list[tuple[int, float | None, str]]:
     """Layer, value and counts of one line, in the order of the layers."""
-    counts = frame[what.count] if what.count in frame.columns else None
-    sizes = frame["numel"] if counts is not None else None
+    counts: Any = frame[what.count].to_list() if what.count in frame.columns else None
+    sizes: Any = frame[what.of].to_list() if what.of in frame.columns else None
     found = []
     for index, (layer, value) in enumerate(zip(frame["layer"].to_list(), quantities.drawn(frame, what), strict=True)):
         if layer is not None:
-            of = f"<br>{counts[index]:,} of {sizes[index]:,} parameters" if counts is not None and sizes is not None else ""
+            known = counts is not None and sizes is not None and counts[index] is not None
+            of = f"<br>{counts[index]:,} of {sizes[index]:,} {what.elements}" if known else ""
             found.append((layer, value, of))
     return sorted(found, key=lambda point: point[0])
 
@@ -123,6 +125,6 @@ def _alt(lines: dict[str, list[Any]], what: Quantity) -> str:
         known = [(layer, value) for layer, value, _ in points if value is not None]
         if known:
             (first, begin), (last, end) = known[0], known[-1]
-            said.append(f"{label} {what.said(begin)} in layer {first}, {what.said(end)} in layer {last}")
+            said.append(f"{style.plain(label)} {what.said(begin)} in layer {first}, {what.said(end)} in layer {last}")
     more = f"; {len(lines) - 4} more" if len(lines) > 4 else ""
     return f"Lines of {what.label} along the layers: {'; '.join(said) or 'no layers'}{more}."

@@ -7,17 +7,19 @@ span two decades, diverging where both signs occur.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
 
 from paramdiff import tables
+from paramdiff.columns import TABLES
 from paramdiff.diff import Diff
 from paramdiff.errors import OptionError
 from paramdiff.moments import Moments
-from paramdiff.wording import number, percent
+from paramdiff.pairing import CODES
+from paramdiff.wording import percent
 
 SHARE, LOG, LINEAR, SIGNED, PERCENT, UNIT = "share", "log", "linear", "signed", "percent", "unit"
 FAMILIAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the order of the forward pass
@@ -28,15 +30,19 @@ KINDS = ("embedding", "attention", "mlp", "norm", "head", "other")
 class Quantity:
     """How a column is drawn: `scale` is share (log, as %), log, linear, percent (0–100), unit (0–1) or signed.
 
-    `count` names the column whose value over `numel` is drawn instead: the changed share where the column says the
-    unchanged one, so that 99.99 % and 99.999 % can be told apart.
+    `count` names the column whose value over that of `of` is drawn instead: the changed share where the column says the
+    unchanged one, so that 99.99 % and 99.999 % can be told apart. `pooled` says what stands for several tensors where their
+    elements cannot be pooled. `digits` are those of a value in words.
     """
 
     column: str
     label: str
     scale: str = LINEAR
     count: str | None = None
+    of: str = "numel"
     unit: str = ""
+    pooled: str = ""
+    digits: int = 3
 
     @property
     def is_log(self) -> bool:
@@ -48,9 +54,17 @@ class Quantity:
             return percent(value)
         if self.scale == PERCENT:
             return "–" if value is None else f"{value:.3g} %"
-        return number(value) + (f" {self.unit}" if self.unit and value is not None else "")
+        if value is None or (abs(value) >= 1000 and value.is_integer()):
+            return "–" if value is None else f"{value:,.0f}"
+        return f"{value:.{self.digits}g}" + (f" {self.unit}" if self.unit else "")
+
+    @property
+    def elements(self) -> str:
+        """What `count` counts."""
+        return {"numel": "parameters", "cols": "columns"}.get(self.of, self.of)
 
 
+MEAN, MEDIAN, LARGEST = "mean over tensors", "median over matrices that changed", "largest of the matrices"
 _QUANTITIES = [
     Quantity("sparsity", "share of parameters changed", SHARE, "changed"),
     Quantity("sparsity_bits", "share with changed bits", SHARE, "changed_bits"),
@@ -64,27 +78,27 @@ _QUANTITIES = [
     Quantity("mean_abs_delta", "mean |Δ|", LOG),
     Quantity("max_abs_delta", "largest |Δ|", LOG),
     Quantity("mean_delta", "mean Δ", SIGNED),
-    Quantity("cosine", "cosine of base and tuned", LINEAR),
+    Quantity("cosine", "cosine of base and tuned", LINEAR, digits=9),
     Quantity("numel", "parameters", LOG),
-    Quantity("top1pct_rows_share", "changes in the 1 % of rows with most", SHARE),
-    Quantity("top1pct_cols_share", "changes in the 1 % of columns with most", SHARE),
-    Quantity("rows_touched", "rows with a change", LOG),
-    Quantity("cols_touched", "columns with a change", LOG),
+    Quantity("top1pct_rows_share", "changes in the 1 % of rows with most", SHARE, pooled=MEAN),
+    Quantity("top1pct_cols_share", "changes in the 1 % of columns with most", SHARE, pooled=MEAN),
+    Quantity("rows_touched", "share of rows with a change", SHARE, "rows_touched", "rows"),
+    Quantity("cols_touched", "share of columns with a change", SHARE, "cols_touched", "cols"),
     Quantity("numeric_rank_percent", "numeric rank, % of full", PERCENT),
     Quantity("rank_at_1e-2_percent", "σ > σ₁/100, % of full", PERCENT),
     Quantity("rank_at_1e-3_percent", "σ > σ₁/1000, % of full", PERCENT),
     Quantity("energy_rank_90_percent", "directions for 90 % of the energy, % of full", PERCENT),
     Quantity("energy_rank_95_percent", "directions for 95 % of the energy, % of full", PERCENT),
     Quantity("energy_rank_99_percent", "directions for 99 % of the energy, % of full", PERCENT),
-    Quantity("stable_rank", "stable rank", LOG),
-    Quantity("entropy_rank", "entropy rank", LOG),
-    Quantity("top1_share", "σ₁ / ‖Δ‖_F", UNIT),
-    Quantity("sigma_1", "σ₁ of Δ", LOG),
-    Quantity("angle_u_max", "largest angle of leading left directions", LINEAR, unit="degrees"),
-    Quantity("angle_v_max", "largest angle of leading right directions", LINEAR, unit="degrees"),
-    Quantity("nss", "drift of the spectrum, NSS", LOG),
-    Quantity("overlap_u", "overlap of leading left directions", UNIT),
-    Quantity("overlap_v", "overlap of leading right directions", UNIT),
+    Quantity("stable_rank", "stable rank", LOG, pooled=MEDIAN),
+    Quantity("entropy_rank", "entropy rank", LOG, pooled=MEDIAN),
+    Quantity("top1_share", "σ₁ / ‖Δ‖_F", UNIT, pooled=MEDIAN),
+    Quantity("sigma_1", "σ₁ of Δ", LOG, pooled=LARGEST),
+    Quantity("angle_u_max", "largest angle of leading left directions", LINEAR, unit="degrees", pooled=LARGEST),
+    Quantity("angle_v_max", "largest angle of leading right directions", LINEAR, unit="degrees", pooled=LARGEST),
+    Quantity("nss", "drift of the spectrum, NSS", LOG, pooled="mean over matrices"),
+    Quantity("overlap_u", "overlap of leading left directions", UNIT, pooled="mean over matrices"),
+    Quantity("overlap_v", "overlap of leading right directions", UNIT, pooled="mean over matrices"),
     Quantity("principal_overlap", "changes on principal weights", UNIT),
     Quantity("low_overlap", "changes on low-magnitude weights", UNIT),
     Quantity("adaptivity", "adaptivity, 1 − cos(u, m̂)", UNIT),
@@ -108,6 +122,7 @@ _POOLED = {
     "stable_rank": "stable_rank_median", "entropy_rank": "entropy_rank_median", "top1_share": "top1_share_median",
     "sigma_1": "sigma_1_max", "nss": "nss_mean", "overlap_u": "overlap_u_mean", "overlap_v": "overlap_v_mean",
 }  # fmt: skip
+_SUMMED = ("rows", "rows_touched", "cols", "cols_touched")
 _POOLS: dict[str, Any] = {
     "tensors": tables.pooled, "ranks": tables.pooled_ranks, "subspaces": tables.pooled_subspaces,
 }  # fmt: skip
@@ -128,8 +143,19 @@ def quantity(column: str, values: pl.Series | None = None) -> Quantity:
     finite = finite.filter(finite.is_finite())
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)  # type: ignore[arg-type]
     if low < 0 < high:
-        return Quantity(column, column, SIGNED)
-    return Quantity(column, column, LOG if low > 0 and high / low > 100 else LINEAR)
+        return Quantity(column, column, SIGNED, pooled=_pooling(column))
+    return Quantity(column, column, LOG if low > 0 and high / low > 100 else LINEAR, pooled=_pooling(column))
+
+
+def _pooling(column: str) -> str:
+    """What stands for several tensors in a column that is not listed; those of `columns.py` have a roll-up of their own."""
+    return "" if column in TABLES["tensors"] or column in TABLES["adam"] else MEAN
+
+
+def over_groups(what: Quantity, frames: Iterable[pl.DataFrame]) -> Quantity:
+    """The quantity with what `pooled` says in its label, where any row of the frames stands for several tensors."""
+    several = any((frame["tensors"] > 1).any() for frame in frames)
+    return replace(what, label=f"{what.label}, {what.pooled}") if what.pooled and several else what
 
 
 def table_of(result: Diff | Moments, column: str) -> str:
@@ -167,8 +193,8 @@ def rolled(
 ) -> pl.DataFrame:
     """One row per group of `keys`: the pooled columns of `table`, how many `tensors` there are, the `name` of a single one.
 
-    Columns that have no pooling of their own (rows touched, those of one's own measures) are means over tensors, each
-    counted by its elements. `k` picks the subspaces (by default the smallest).
+    Columns that have no pooling of their own (those of one's own measures) are means over tensors, each counted by its
+    elements. `k` picks the subspaces (by default the smallest).
     """
     frame = result.tables[table]
     if table == "subspaces" and frame.height:
@@ -176,7 +202,7 @@ def rolled(
     if "duplicate_of" in frame.columns:
         frame = frame.filter(pl.col("duplicate_of").is_null())
     if table == "tensors":
-        frame = frame.filter(pl.col("pairing_rule") != "codes")
+        frame = frame.filter(pl.col("pairing_rule") != CODES)
     if isinstance(result, Moments):
         pooled, frame = result.by(*keys, side=side), frame.filter(pl.col("side") == side)
     elif frame.select(keys).is_unique().all():  # nothing to pool
@@ -185,14 +211,12 @@ def rolled(
         pooled = tables.grouped(frame, keys, _POOLS[table])
     pooled = pooled.rename({new: old for old, new in _POOLED.items() if new in pooled.columns})
     names = pl.when(pl.len() == 1).then(pl.col("name").first()).otherwise(None).alias("name")
-    weight = pl.col("numel") if "numel" in frame.columns else pl.lit(1.0)
-    own = [c for c in drawable(result, table) if c not in pooled.columns]
-    known = [pl.when(pl.col(c).is_not_null()).then(weight).otherwise(0) for c in own if c in frame.columns]
-    means = [
-        ((pl.col(c) * weight).sum() / w.sum()).alias(c)
-        for c, w in zip([c for c in own if c in frame.columns], known, strict=True)
-    ]
-    extra = frame.group_by(keys, maintain_order=True).agg(pl.len().alias("tensors"), names, *means)
+    weight = pl.col("numel").cast(pl.Float64) if "numel" in frame.columns else pl.lit(1.0)
+    sums = [c for c in _SUMMED if c in frame.columns]
+    own = [c for c in drawable(result, table) if c in frame.columns and c not in (*pooled.columns, *sums)]
+    known = [pl.when(pl.col(c).is_not_null()).then(weight).otherwise(0.0).sum() for c in own]
+    means = [((pl.col(c).cast(pl.Float64) * weight).sum() / w).alias(c) for c, w in zip(own, known, strict=True)]
+    extra = frame.group_by(keys, maintain_order=True).agg(pl.len().alias("tensors"), names, pl.col(sums).sum(), *means)
     return pooled.drop("tensors", strict=False).join(extra, on=list(keys), how="left", nulls_equal=True)
 
 
@@ -205,8 +229,8 @@ def _single(frame: pl.DataFrame, table: str, keys: Sequence[str]) -> pl.DataFram
 
 def drawn(frame: pl.DataFrame, what: Quantity) -> list[float | None]:
     """The values of a rolled-up frame as they are drawn; None where there is none, or none that is finite."""
-    if what.count is not None and "numel" in frame.columns:
-        column = frame[what.count] / frame["numel"]
+    if what.count is not None and what.of in frame.columns:
+        column = frame[what.count] / frame[what.of]
     else:
         column = frame[what.column].cast(pl.Float64)
     return [value if value is not None and math.isfinite(value) else None for value in column.to_list()]

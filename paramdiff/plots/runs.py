@@ -22,8 +22,15 @@ def named(results: Results) -> dict[str, Any]:
     if isinstance(results, Mapping):
         found = dict(results)
     else:
-        listed = [results] if isinstance(results, Diff | Moments) else list(results)
-        found = dict(zip(labels([reference(result) for result in listed]), listed, strict=True))
+        listed: list[Any] = list(results) if isinstance(results, list | tuple) else [results]
+        if not all(isinstance(result, Diff | Moments) for result in listed):
+            raise OptionError("Only results of `compare` and `adam` can be drawn.")
+        diffs, states = ([result for result in listed if isinstance(result, kind)] for kind in (Diff, Moments))
+        found = dict(zip(labels([reference(result) for result in diffs]), diffs, strict=True))
+        for label, state in zip(labels([reference(result) for result in states]), states, strict=True):
+            found[f"{label}, optimizer" if label in found else label] = state  # weights and state of one checkpoint
+    if not all(isinstance(result, Diff | Moments) for result in found.values()):
+        raise OptionError("Only results of `compare` and `adam` can be drawn.")
     if not found:
         raise OptionError("There is nothing to draw.", hint="Give at least one result of `compare` or `adam`.")
     return found
@@ -31,14 +38,21 @@ def named(results: Results) -> dict[str, Any]:
 
 def sides(results: Results) -> dict[str, tuple[Moments, str]]:
     """Optimizer states by label: each checkpoint of each result, with the side it is on."""
-    found: dict[str, tuple[Moments, str]] = {}
+    every: list[tuple[str, Moments, str]] = []
+    given = isinstance(results, Mapping)
     for label, result in named(results).items():
         if not isinstance(result, Moments):
             raise OptionError("A comparison of weights has no optimizer state to draw.", hint="Give a result of `adam`.")
-        refs = labels([result.run[side]["ref"] for side in result.sides])
-        many = len(result.sides) > 1
-        found |= {own if many else label: (result, side) for own, side in zip(refs, result.sides, strict=True)}
-    return found
+        for side in result.sides:
+            ref = str(result.run[side]["ref"])
+            own = label if len(result.sides) == 1 else f"{label}: {labels([ref])[0]}"
+            every.append((own if given else ref, result, side))
+    names = [name for name, *_ in every] if given else labels([name for name, *_ in every])
+    return {name: (result, side) for name, (_, result, side) in zip(_unique(names), every, strict=True)}
+
+
+def _unique(names: list[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name} ({place + 1})" for place, name in enumerate(names)]
 
 
 def diffs(results: Results) -> dict[str, Diff]:
@@ -64,7 +78,9 @@ def reference(result: Result) -> str:
 def between(result: Result, label: str, side: str = "first") -> str:
     """What was compared, for a title; of two optimizer states, the one on this side."""
     if isinstance(result, Diff):
-        return f"{labels([str(result.run['base']['ref'])])[0]} → {label}"
+        compat = result.run["options"]["compat"]
+        counted = f" (tolerances as {compat} counts)" if compat else ""
+        return f"{labels([str(result.run['base']['ref'])])[0]} → {label}{counted}"
     if len(result.sides) == 1:
         return label
     return labels([str(result.run[name]["ref"]) for name in result.sides])[result.sides.index(side)]

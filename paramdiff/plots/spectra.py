@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,18 @@ GRID = np.geomspace(1e-4, 1, 81)  # shares of the directions at which spectra of
 MARKS = (0.9, 0.95, 0.99)
 MOST = 24  # single matrices in one figure
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One matrix: its row of `Diff.ranks`, and at each point of `GRID` σᵢ/σ₁ and the share of the energy up to there.
+
+    NaN where a matrix has no such direction (fewer than 1/share), or a sketch did not go so far; None where nothing changed.
+    """
+
+    row: dict[str, Any]
+    relative: Floats | None
+    energy: Floats | None
 
 
 def spectrum(
@@ -47,25 +60,31 @@ def spectrum(
     found = runs.diffs(results)
     if len(names) > MOST:
         raise OptionError(f"{len(names)} matrices are too many for one figure.", hint=f"Name at most {MOST}.")
-    lines: dict[str, list[tuple[Floats, Floats]]] = {}
-    reached: dict[str, list[float | None]] = {}
-    zero = 0
-    for label, diff in found.items():
-        ranks = chosen(diff, module, names)
-        zero += ranks.filter(pl.col("frobenius") == 0).height
-        key = "name" if names else by
-        for place, curve in curves(diff.tables["spectra"], ranks):
-            own = str(place["name"] if names else "outside" if place[key] is None else place[key])
-            own = own if len(found) == 1 else label
-            lines.setdefault(own, []).append(curve)
-            reached.setdefault(own, []).append(place["energy_rank_99_percent"])
-    if not lines:
+    every = {label: curves(diff, chosen(diff, module, names)) for label, diff in found.items()}
+    return compose(every, runs.subject(found), "name" if names else by, module)
+
+
+def compose(every: dict[str, list[Curve]], subject: str, by: str, module: str | None = None) -> go.Figure:
+    """The figure of the curves of one run, grouped `by` what their rows say, or of several, a line each.
+
+    `module` leaves those of others out. Raises `OptionError` where no curve is left.
+    """
+    lines: dict[str, list[Curve]] = {}
+    for label, found in every.items():
+        for curve in found:
+            if module is None or curve.row["module"] == module:
+                place = curve.row[by]
+                own = "outside" if place is None else str(place)
+                lines.setdefault(own if len(every) == 1 else label, []).append(curve)
+    zero = sum(curve.relative is None for found in lines.values() for curve in found)
+    moved = {label: kept for label, found in lines.items() if (kept := [c for c in found if c.relative is not None])}
+    if not moved:
         raise OptionError("There is no spectrum to draw: no matrix changed.")
-    subject = runs.subject(found) + (f", {module}" if module else "")
-    if len(found) == 1:
-        lines = _sorted(lines, by, next(iter(found.values())))
-    fig = draw(lines, subject, ordered=by == "layer" and len(found) == 1)
-    fig.update_layout(meta={"alt": _alt({label: reached[label] for label in lines}, zero)})
+    if len(every) == 1:
+        moved = _sorted(moved, by)
+    subject += f", {module}" if module else ""
+    fig = draw(moved, subject, ordered=by == "layer" and len(every) == 1)
+    fig.update_layout(meta={"alt": _alt(moved, zero)})
     return fig
 
 
@@ -82,36 +101,40 @@ def chosen(diff: Diff, module: str | None = None, names: Sequence[str] = ()) -> 
     return ranks.filter(pl.col("name").is_in(list(names))) if names else ranks
 
 
-def curves(spectra: pl.DataFrame, ranks: pl.DataFrame) -> Iterator[tuple[dict[str, Any], tuple[Floats, Floats]]]:
-    """Of each matrix that changed: its row of `ranks`, and σᵢ/σ₁ and the share of the energy at each point of `GRID`.
-
-    NaN where a matrix has no such direction (fewer than 1/share), or where a sketch did not go so far.
-    """
+def curves(diff: Diff, ranks: pl.DataFrame) -> list[Curve]:
+    """The curve of each row of `ranks`."""
+    spectra = diff.tables["spectra"].join(ranks.select("name").unique(), on="name", how="semi")
     sigmas = spectra.group_by("name", "expert", maintain_order=True).agg(pl.col("sigma"))
-    joined = ranks.filter(pl.col("frobenius") > 0).join(
-        sigmas, on=["name", "expert"], nulls_equal=True, maintain_order="left"
-    )
+    joined = ranks.join(sigmas, on=["name", "expert"], how="left", nulls_equal=True, maintain_order="left")
     wanted = ("name", "module", "layer", "kind", "full_rank", "frobenius", "energy_rank_99_percent", "sigma")
+    found = []
     for row in joined.select(wanted).iter_rows(named=True):
-        sigma = np.asarray(row["sigma"])
+        sigma = np.asarray(row.pop("sigma") or [], dtype=np.float64)
+        if not row["frobenius"] or not len(sigma) or not sigma[0]:
+            found.append(Curve(row, None, None))
+            continue
         index = np.floor(GRID * row["full_rank"] + 1e-9).astype(int)  # so many directions make up the share, whole ones
         there = (index >= 1) & (index <= len(sigma))
         relative, energy = np.full(len(GRID), np.nan), np.full(len(GRID), np.nan)
         relative[there] = sigma[index[there] - 1] / sigma[0]
         energy[there] = (np.cumsum(sigma**2) / row["frobenius"] ** 2)[index[there] - 1].clip(max=1)
-        yield row, (relative, energy)
+        found.append(Curve(row, relative, energy))
+    return found
 
 
-def _sorted(lines: dict[str, list[tuple[Floats, Floats]]], by: str, diff: Diff) -> dict[str, list[tuple[Floats, Floats]]]:
+def _sorted(lines: dict[str, list[Curve]], by: str) -> dict[str, list[Curve]]:
+    """Lines in the order in which they are drawn."""
     if by == "layer":
         return dict(sorted(lines.items(), key=lambda line: int(line[0]) if line[0].isdecimal() else -1))
-    order = quantities.modules(diff.ranks) if by == "module" else list(quantities.KINDS)
-    return dict(sorted(lines.items(), key=lambda line: order.index(line[0]) if line[0] in order else len(order)))
+    rows = pl.DataFrame([{key: curve.row[key] for key in ("module", "kind")} for found in lines.values() for curve in found])
+    order = quantities.modules(rows) if by == "module" else list(quantities.KINDS) if by == "kind" else list(lines)
+    return dict(sorted(lines.items(), key=lambda line: order.index(line[0])))
 
 
-def draw(lines: dict[str, list[tuple[Floats, Floats]]], subject: str, *, ordered: bool = False) -> go.Figure:
-    """The figure of curves (see `curves`), a line for each list of them; `ordered`: coloured by their order."""
-    medians = {label: [np.stack(part) for part in zip(*found, strict=True)] for label, found in lines.items()}
+def draw(lines: dict[str, list[Curve]], subject: str, *, ordered: bool = False) -> go.Figure:
+    """The figure of curves that are not None, a line for each list of them; `ordered`: coloured by their order."""
+    parts = ("relative", "energy")
+    medians = {label: [np.stack([getattr(c, part) for c in found]) for part in parts] for label, found in lines.items()}
     fig = style.figure(f"Spectrum of the update: {style.safe(subject)}", "", height=340)
     every = -(-len(medians) // 14) if ordered else 1  # colours in an order need no name each
     for position, (label, (relative, energy)) in enumerate(medians.items()):
@@ -192,13 +215,14 @@ def _quantile(values: Floats, q: float) -> Floats:
     return found
 
 
-def _alt(reached: dict[str, list[float | None]], zero: int) -> str:
+def _alt(lines: dict[str, list[Curve]], zero: int) -> str:
     said = []
-    for label, percents in list(reached.items())[:6]:
+    for label, found in list(lines.items())[:6]:
+        percents = [curve.row["energy_rank_99_percent"] for curve in found]
         known = [value for value in percents if value is not None]  # a sketch does not reach 99 %
         if known:
             middle = f"{np.median(known):.3g} % of the directions"
-            said.append(f"{label}: 99 % of the energy lies in {middle}{' (median)' if len(known) > 1 else ''}")
-    more = f"; {len(reached) - 6} more lines" if len(reached) > 6 else ""
+            said.append(f"{style.plain(label)}: 99 % of the energy lies in {middle}{' (median)' if len(known) > 1 else ''}")
+    more = f"; {len(lines) - 6} more lines" if len(lines) > 6 else ""
     left = f" {zero} matrices did not change and are not drawn." if zero else ""
     return f"Singular values of the update and the energy they hold. {'; '.join(said)}{more}.{left}"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from paramdiff.diff import Diff
 from paramdiff.errors import OptionError
+from paramdiff.pairing import CODES
 from paramdiff.plots import runs, style
 from paramdiff.wording import percent
 
@@ -34,6 +35,8 @@ def stripes(result: Diff, module: str | None = None) -> go.Figure:
     'Changed share of rows and columns of q_proj: base → rl-sgd'
     """
     found = runs.diffs(result)
+    if len(found) > 1:
+        raise OptionError(f"Stripes are drawn of one comparison, not of {len(found)}.", hint="Give one.")
     diff, subject = next(iter(found.values())), runs.subject(found)
     if "rows" not in diff.tables:
         raise OptionError("This comparison has no counts by row.", hint='Compare with measures=["change", "rows"].')
@@ -49,7 +52,7 @@ def stripes(result: Diff, module: str | None = None) -> go.Figure:
 def striped_modules(diff: Diff) -> list[str]:
     """Modules that have matrices: those inside layers first, of these the ones with the most unevenly spread changes."""
     uneven = pl.max_horizontal("top1pct_rows_share", "top1pct_cols_share")
-    matrices = diff.tensors.filter(pl.col("rows").is_not_null() & pl.col("duplicate_of").is_null())
+    matrices = diff.tensors.filter(pl.col("rows").is_not_null() & (pl.col("numel") > 0) & pl.col("duplicate_of").is_null())
     found = matrices.group_by("module", maintain_order=True).agg(
         uneven.mean().fill_null(0).alias("uneven"), pl.col("layer").is_not_null().any().alias("inside")
     )
@@ -59,7 +62,10 @@ def striped_modules(diff: Diff) -> list[str]:
 def profiles(diff: Diff, module: str, axis: str) -> dict[int | None, Profile]:
     """For each layer the changed share along one axis, in at most `BINS` cells: all of its tensors added up."""
     own = diff.tensors.filter(
-        (pl.col("module") == module) & pl.col("duplicate_of").is_null() & (pl.col("pairing_rule") != "codes")
+        (pl.col("module") == module)
+        & (pl.col("numel") > 0)
+        & pl.col("duplicate_of").is_null()
+        & (pl.col("pairing_rule") != CODES)
     )
     table = diff.tables["rows"].filter(pl.col("axis") == axis)
     found: dict[int | None, list[dict[str, Any]]] = {}
@@ -150,4 +156,4 @@ def _alt(found: dict[str, dict[int | None, Profile]], module: str) -> str:
     for axis, word in zip(AXES, ("rows", "columns"), strict=True):
         values = np.concatenate([cells for cells, _ in found[axis].values()])
         said.append(f"{word} changed between {percent(float(values.min()))} and {percent(float(values.max()))}")
-    return f"Changed share of the rows and columns of {module}, layer by layer: {'; '.join(said)}."
+    return f"Changed share of the rows and columns of {style.plain(module)}, layer by layer: {'; '.join(said)}."

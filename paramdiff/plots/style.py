@@ -55,6 +55,11 @@ def safe(text: str, longest: int = 60) -> str:
     return escape(shortened(printable(text), longest), quote=False)
 
 
+def plain(text: str, longest: int = 40) -> str:
+    """The same for a text alternative, in which no tags are read."""
+    return shortened(printable(text), longest)
+
+
 def line(number: int) -> dict[str, Any]:
     """Colour and dash of the `number`-th line."""
     return {"color": COLOURS[number % len(COLOURS)], "dash": DASHES[number // len(COLOURS) % len(DASHES)], "width": 1.6}
@@ -64,7 +69,8 @@ def shade(number: int, of: int) -> str:
     """The `number`-th of so many colours in an order: along cividis, without its palest end."""
     from plotly.colors import sample_colorscale
 
-    return str(sample_colorscale(SEQUENTIAL, [0.9 * number / max(1, of - 1)])[0])
+    sampled = sample_colorscale(SEQUENTIAL, [0.9 * number / max(1, of - 1)], colortype="tuple")[0]
+    return "#" + "".join(f"{round(255 * part):02x}" for part in sampled)
 
 
 def faded(colour: str, opacity: float = 0.15) -> str:

@@ -132,7 +132,9 @@ def _states(states: dict[str, Moments]) -> list[Section]:
     if not states:
         return []
     return [
-        Section("adam", "What Adam did", tables=[listing.moments(runs.sides(states))], groups=drawing.of_moments(states))
+        Section(
+            "adam", "What the optimizer did", tables=[listing.moments(runs.sides(states))], groups=drawing.of_moments(states)
+        )
     ]
 
 
@@ -156,7 +158,7 @@ def _ending(found: dict[str, Any], data: dict[str, Any]) -> list[Section]:
 
 def _title(diffs: dict[str, Diff], states: dict[str, Moments]) -> str:
     if not diffs:
-        return f"Optimizer state of {', '.join(states)}"
+        return f"Optimizer state of {', '.join(runs.sides(states))}"
     bases = labels(list(dict.fromkeys(str(diff.run["base"]["ref"]) for diff in diffs.values())))
     return f"{' and '.join(bases)} → {', '.join(diffs)}"
 

@@ -143,12 +143,14 @@ def _bins(group: Group, named: dict[str, Diff], chosen: list[tuple[str, str]]) -
 
 
 def _sigmas(group: Group, named: dict[str, Diff], chosen: list[tuple[str, str]]) -> None:
-    diff = next(iter(named.values()))
+    ((label, diff),) = named.items()
+    every = {label: spectra.curves(diff, spectra.chosen(diff))}
+    subject = runs.subject(named)
     for by in ("module", "kind", "layer"):
-        group.add([*chosen, ("Lines", f"by {by}")], spectra.spectrum, named, by)
+        group.add([*chosen, ("Lines", f"by {by}")], spectra.compose, every, subject, by)
     for module in quantities.modules(diff.ranks) if diff.ranks.height else []:
         if diff.ranks.filter(pl.col("module") == module)["layer"].n_unique() > 1:
-            group.add([*chosen, ("Lines", f"{short(module)}, by layer")], spectra.spectrum, named, "layer", module=module)
+            group.add([*chosen, ("Lines", f"{short(module)}, by layer")], spectra.compose, every, subject, "layer", module)
 
 
 def of_moments(found: dict[str, Moments]) -> list[Group]:
@@ -188,6 +190,8 @@ def _tables(diff: Diff) -> Iterator[tuple[str, list[str], list[str]]]:
     """Tables by layer and module: the columns that matter, in the order of `quantities`, with those of one's own measures at
     the end; and the rest, which only the heat map offers. A count is left out where its share is there."""
     for table in ("tensors", "ranks"):
+        if table not in diff.tables:
+            continue
         known = quantities.drawable(diff, table)
         counts = {quantities.quantity(name).count for name in known} | {"changed"}
         tolerances = [name for name in known if name.startswith("sparsity[")]

@@ -1,6 +1,6 @@
 "use strict";
 // Figures and tables are packed (JSON, gzip, base64) in <script type="text/plain" id="data-…">, and unpacked when they are needed.
-const JOIN = "\x1f", ROWS = 25;
+const JOIN = "\x1f", ROWS = 25, PRINTED = 2000;
 const unpacked = new Map();
 
 function bytes(base64) {
@@ -132,8 +132,8 @@ async function table(box) {
     });
   }
 
-  function show() {
-    const first = state.page * ROWS, rows = state.found.slice(first, first + ROWS);
+  function show(most = ROWS) {
+    const first = most === ROWS ? state.page * ROWS : 0, rows = state.found.slice(first, first + most);
     box.querySelector("tbody").replaceChildren(...rows.map((row) => {
       const tr = document.createElement("tr");
       for (const column of columns) {
@@ -153,6 +153,9 @@ async function table(box) {
   search.addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(() => { find(); order(); show(); }, 80); });
   before.addEventListener("click", () => { state.page--; show(); });
   after.addEventListener("click", () => { state.page++; show(); });
+  // On paper there is no next page of a table: it is printed whole, or as far as it says.
+  addEventListener("beforeprint", () => show(PRINTED));
+  addEventListener("afterprint", () => show());
   find(); show();
 }
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import polars as pl
 
-from paramdiff import published
+from paramdiff import published, tables
 from paramdiff.diff import Diff
 from paramdiff.moments import Moments
-from paramdiff.wording import number, percent
+from paramdiff.pairing import CODES
+from paramdiff.wording import number, percent, printable, shortened
 
 SUPERVISED = ("SFT",)
+STRIPED = 3.0  # times an even spread, from which on changes are said to gather
 TOLERANCE = 1e-5  # the one that papers print most numbers for
 
 
@@ -31,21 +33,41 @@ def findings(diff: Diff) -> list[Finding]:
     if not total["numel"]:
         return [Finding("There is nothing to say: no elements were compared.", "", "coverage")]
     if not total["changed"]:
-        same = f"All {total['numel']:,} parameters in {total['tensors']} tensors have the same values."
-        return [Finding("The two checkpoints do not differ.", same, "overall"), *_trust(diff, total)]
-    found = [_how_much(total), *_beside_papers(diff, total), _where(diff), *_how_far(diff, total)]
+        return [_nothing(diff, total), *_trust(diff, total)]
+    found = [
+        _how_much(total, diff.run["options"]["compat"]),
+        *_beside_papers(diff, total),
+        _where(diff),
+        *_how_far(diff, total),
+    ]
     found += [*_rank(diff), *_stripes(diff), *_directions(diff), *_trust(diff, total)]
     return found
 
 
-def _how_much(total: dict[str, Any]) -> Finding:
+def counted(diff: Diff) -> pl.DataFrame:
+    """The tensors that totals are of: without tied duplicates and the codes of quantised weights."""
+    return diff.tensors.filter(pl.col("duplicate_of").is_null() & (pl.col("pairing_rule") != CODES))
+
+
+def _nothing(diff: Diff, total: dict[str, Any]) -> Finding:
+    """No value changed; which is not to say that the checkpoints are the same."""
+    same = f"All {total['numel']:,} parameters in {total['tensors']:,} tensors have the same values"
+    if total["changed_bits"]:
+        same += f", of which {total['changed_bits']:,} are stored with other bits (±0, or another NaN)"
+    whole = not diff.coverage.height and not total["changed_bits"]
+    claim = "The two checkpoints do not differ." if whole else "Nothing that was compared changed in value."
+    return Finding(claim, f"{same}.", "overall")
+
+
+def _how_much(total: dict[str, Any], compat: str | None) -> Finding:
     changed, n = total["changed"], total["numel"]
     claim = f"Training changed {percent(changed / n)} of the parameters; {percent(total['sparsity'])} kept their value."
     evidence = f"{changed:,} of {n:,}"
+    above = "above" if compat is None else f"as the script of {compat} counts: above"
     if total["changed_bf16"] is not None and total["changed_bf16"] != changed:
         evidence += f"; after rounding to bf16 {total['changed_bf16']:,} differ ({percent(total['changed_bf16'] / n)})"
     for name in [name for name in total if name.startswith("above[")]:
-        evidence += f"; {total[name]:,} by more than {name[6:-1]} ({percent(total[name] / n)})"
+        evidence += f"; {above} {name[6:-1]} {total[name]:,} ({percent(total[name] / n)})"
     return Finding(claim, evidence + ".", "overall")
 
 
@@ -85,19 +107,23 @@ def _repositories(diff: Diff) -> tuple[Any, Any]:
 
 
 def _where(diff: Diff) -> Finding:
+    tensors = counted(diff)
     modules = _densities(diff.by("module"), "module")
     layers = _densities(diff.by("layer").filter(pl.col("layer").is_not_null()), "layer")
-    untouched = diff.tensors.filter((pl.col("changed") == 0) & pl.col("duplicate_of").is_null()).height
+    untouched = tensors.filter(pl.col("changed") == 0).height
     (low, least), (high, most) = modules[0], modules[-1]
+    least, most = (shortened(printable(name)) for name in (least, most))
     claim = f"Most changed is {most} ({percent(high)}), least {least} ({percent(low)})."
     if len(modules) == 1:
         claim = f"All of it is in one module, {most}."
+    elif low == high:
+        claim = f"All modules changed alike ({percent(high)})."
     parts = []
     if len(layers) > 1:
         (a, first), (b, last) = layers[0], layers[-1]
         even = "fairly even" if a and b / a < 1.5 else "uneven"
         parts.append(f"Along the layers it is {even}: {percent(a)} in layer {first} to {percent(b)} in layer {last}")
-    parts.append(f"{untouched} of {diff.tensors.height} tensors did not change at all")
+    parts.append(f"{untouched:,} of {tensors.height:,} tensors did not change at all")
     return Finding(claim, "; ".join(parts) + ".", "heat")
 
 
@@ -110,15 +136,17 @@ def _densities(rolled: pl.DataFrame, key: str) -> list[tuple[float, Any]]:
 def _how_far(diff: Diff, total: dict[str, Any]) -> list[Finding]:
     if total.get("l2_delta") is None:
         return []
-    beside = "" if total["rel_l2"] is None else f"the update is {percent(total['rel_l2'])} of the weights' norm"
-    claim = f"The step is {_size(total['rel_l2'])}: {beside}." if beside else "The base is all zeros."
+    if not total["finite"]:
+        return [Finding("No element is finite on both sides: there is no size to give.", "", "tensors")]
+    rel = total["rel_l2"]
+    claim = "The base is all zeros." if rel is None else f"The step is {_size(rel)}: ‖Δ‖ is {number(rel)} times ‖base‖."
     evidence = (
         f"‖Δ‖ {number(total['l2_delta'])}, ‖base‖ {number(total['l2_base'])}, largest |Δ| {number(total['max_abs_delta'])}"
     )
     evidence += f", mean |Δ| {number(total['mean_abs_delta'])}; {total['sign_flips']:,} sign flips"
     ulps = _ulps(diff)
     if ulps is not None:
-        evidence += f"; {percent(ulps)} of the changes are by one step of the stored type"
+        evidence += f"; {percent(ulps)} of the changes that have a distance in ulps are by one"
     return [Finding(claim, evidence + ".", "histograms")]
 
 
@@ -139,9 +167,11 @@ def _ulps(diff: Diff) -> float | None:
 def _rank(diff: Diff) -> list[Finding]:
     if "ranks" not in diff.tables:
         return []
-    total = diff.ranks_by().row(0, named=True)
-    if not total["full_rank"] or total["matrices"] - total["without_spectrum"] - total["zero"] == 0:
+    known = diff.ranks.filter(pl.col("method").is_not_null() & pl.col("duplicate_of").is_null())
+    moved = known.filter(pl.col("frobenius") > 0)
+    if not moved.height:
         return []
+    total = tables.roll_up_ranks(moved, []).row(0, named=True)  # a matrix that did not change makes no update low-rank
     numeric, energy = total["numeric_rank_percent"], total["energy_rank_99_percent"]
     if energy is None or numeric is None:
         claim = f"Spectra are partial ({total['methods']})."
@@ -151,7 +181,7 @@ def _rank(diff: Diff) -> list[Finding]:
         claim = f"The update is of middling rank: 99 % of its energy takes {energy:.3g} % of the directions."
     else:
         claim = f"The update is of low rank: 99 % of its energy takes {energy:.3g} % of the directions."
-    evidence = f"{total['matrices']:,} matrices"
+    evidence = f"{moved.height:,} of {known.height:,} matrices changed"
     if numeric is not None:
         evidence += f"; numeric rank {numeric:.4g} % of full (rounding alone makes updates numerically full-rank)"
     if total["top1_share_median"] is not None:
@@ -164,21 +194,22 @@ def _rank(diff: Diff) -> list[Finding]:
 def _stripes(diff: Diff) -> list[Finding]:
     if "rows_touched" not in diff.tensors.columns:
         return []
-    own = diff.tensors.filter(pl.col("rows").is_not_null() & (pl.col("changed") > 0) & pl.col("duplicate_of").is_null())
+    own = counted(diff).filter(pl.col("rows").is_not_null() & (pl.col("changed") > 0))
     if not own.height:
         return []
-    rows, cols = (own.select(pl.col(f"{axis}_touched").sum() / pl.col(axis).sum()).item() for axis in ("rows", "cols"))
-    shares = [own.select(pl.col(f"top1pct_{axis}_share").median()).item() for axis in ("rows", "cols")]
-    most = max(shares)
-    claim = (
-        f"Changes gather in stripes: 1 % of the rows or columns hold {percent(most)} of a matrix's changes."
-        if most > 0.1
-        else "Changes are spread over rows and columns."
-    )
-    evidence = f"{percent(rows)} of the rows and {percent(cols)} of the columns of changed matrices have a change. "
-    evidence += f"The 1 % of rows with most changes hold {percent(shares[0])} of a matrix's changes, the 1 % of columns "
-    evidence += f"{percent(shares[1])} (medians; a matrix with few rows has only one in its 1 %)."
-    return [Finding(claim, evidence, "stripes")]
+    told, most = [], 0.0
+    for axis, word in (("rows", "rows"), ("cols", "columns")):
+        touched = own.select(pl.col(f"{axis}_touched").sum() / pl.col(axis).sum()).item()
+        top = (pl.col(axis) / 100).ceil() / pl.col(axis)  # what an even spread would give: one row in eight is more than 1 %
+        share, even = own.select(pl.col(f"top1pct_{axis}_share").median(), top.median()).row(0)
+        most = max(most, own.select((pl.col(f"top1pct_{axis}_share") / top).median()).item())
+        told.append(
+            f"{percent(touched)} of the {word} of changed matrices have a change; the 1 % of {word} with most hold "
+            f"{percent(share)} of a matrix's changes, by an even spread {percent(even)} (medians)"
+        )
+    gather = f"Changes gather in stripes: some rows or columns hold {number(most)} times what an even spread would give."
+    claim = gather if most >= STRIPED else "Changes are spread over rows and columns."
+    return [Finding(claim, f"{'. '.join(told)}.", "stripes")]
 
 
 def _directions(diff: Diff) -> list[Finding]:
@@ -221,21 +252,24 @@ def of_moments(result: Moments) -> list[Finding]:
     found = []
     for side in result.sides:
         total = result.by(side=side).row(0, named=True)
-        if total["adaptivity"] is None:
-            continue
+        evidence = [shortened(printable(str(result.run[side]["ref"])), 200)]
         a = total["adaptivity"]
-        how = "far from" if a > 0.3 else "not quite" if a > 0.05 else "nearly"
-        claim = f"Adam's step was {how} a mere rescaling of the momentum: adaptivity {number(a)}."
-        evidence = f"{result.run[side]['ref']}: cos(step, momentum) {number(1 - a)}"
+        if a is None:
+            continue
+        if total["sqrt_vhat_mean"] is None:
+            claim = f"{total['optimizer']} keeps no second moment: its step is its momentum, as large everywhere as that."
+        else:
+            how = "far from" if a > 0.3 else "not quite" if a > 0.05 else "nearly"
+            claim = f"{total['optimizer']}'s step was {how} a mere rescaling of the momentum: adaptivity {number(a)}."
+            evidence[0] += f": cos(step, momentum) {number(1 - a)}"
         if total["log10_eff_lr_std"] is not None:
-            evidence += (
-                f"; effective learning rates spread over {number(total['log10_eff_lr_std'])} decades (standard deviation)"
-            )
+            spread = number(total["log10_eff_lr_std"])
+            evidence.append(f"effective learning rates spread over {spread} decades (standard deviation)")
         if total["equivalent_sgd_lr"] is not None:
-            evidence += f"; nearest SGD learning rate {number(total['equivalent_sgd_lr'])}"
+            evidence.append(f"nearest SGD learning rate {number(total['equivalent_sgd_lr'])}")
         if total["bf16_visible"] is not None:
-            evidence += f"; {percent(total['bf16_visible'])} of the weights would show the step in bf16"
+            evidence.append(f"{percent(total['bf16_visible'])} of the weights would show the step in bf16")
         if total["momentum_grad_cosine"] is not None:
-            evidence += f"; cos(momentum, gradient) {number(total['momentum_grad_cosine'])}"
-        found.append(Finding(claim, evidence + ".", "adam"))
+            evidence.append(f"cos(momentum, gradient) {number(total['momentum_grad_cosine'])}")
+        found.append(Finding(claim, "; ".join(evidence) + ".", "adam"))
     return found
