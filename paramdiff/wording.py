@@ -18,6 +18,8 @@ def percent(share: float | None) -> str:
     small = min(abs(share), abs(1 - share)) * 100
     if 1 - 1e-12 < share < 1 + 1e-12:
         return "100 %"
+    if abs(share) < 1e-11:
+        return f"{share * 100:.3g} %"
     digits = min(10, max(2, 2 - math.floor(math.log10(small))))
     return f"{share * 100:.{digits}f} %"
 
@@ -71,5 +73,22 @@ def labels(refs: list[str], longest: int = 40) -> list[str]:
             break
         for i in again:
             taken[i] += 1
-    named = [shortened(printable(name), longest) for name in named]
-    return [name if named.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(named)]
+    return unique([shortened(printable(name), longest) for name in named])
+
+
+def unique(names: list[str]) -> list[str]:
+    """Names with a number after those that are there more than once.
+
+    >>> unique(["a", "b", "a", "a (1)"])
+    ['a (2)', 'b', 'a (3)', 'a (1)']
+    """
+    taken = {name for name in names if names.count(name) == 1}
+    found = []
+    for name in names:
+        own, number = name, 0
+        while names.count(name) > 1 and (number == 0 or own in taken):
+            number += 1
+            own = f"{name} ({number})"
+        taken.add(own)
+        found.append(own)
+    return found

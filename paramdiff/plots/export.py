@@ -29,8 +29,9 @@ def checked(path: str | PathLike[str], width: str | int = "text") -> Path:
     target = Path(fspath(path))
     if target.suffix.lower() not in (".html", *(f".{kind}" for kind in PICTURES)):
         raise OptionError(f"{target.name}: a figure is written as .html, .png, .svg or .pdf.", hint="Name it so.")
-    if str(width) not in WIDTHS and not (str(width).isdecimal() and 100 <= int(width) <= 10_000):
-        raise OptionError(f"{width!r} is no width.", hint="Give column, text, or 100 to 10000 pixels.")
+    text = str(width)
+    if text not in WIDTHS and not (text.isdecimal() and len(text) < 6 and 100 <= int(text) <= 10_000):
+        raise OptionError(f"{text[:40]!r} is no width.", hint="Give column, text, or 100 to 10000 pixels.")
     return target
 
 

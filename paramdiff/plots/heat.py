@@ -85,7 +85,7 @@ def draw(
     rows = list(dict.fromkeys(key for frame in frames.values() for key in frame[across].to_list()))
     if across == "expert":
         rows.sort()
-    title = f"{style.sentence(what.label)}, by layer and {across}"
+    title = f"{style.sentence(style.safe(what.label, 100))}, by layer and {across}"
     title += (f" of {style.safe(of)}" if of else "") + f": {style.safe(subject)}"
     single = min(ROW, max(3, 900 // max(1, len(rows))))
     panel = max(3 * ROW, single * len(rows))
@@ -161,6 +161,7 @@ def _add(
     keys = zip(frame["layer"].to_list(), frame[across].to_list(), strict=True)
     counts: Any = frame[what.count].to_list() if what.count in frame.columns else None
     sizes: Any = frame[what.of].to_list() if what.of in frame.columns else None
+    shown = style.safe(what.label, 100)
     every = zip(keys, quantities.drawn(frame, what), frame["name"].to_list(), frame["tensors"].to_list(), strict=True)
     for index, ((layer, row), value, name, tensors) in enumerate(every):
         x, y = place[OUTSIDE if layer is None else layer], height[row]
@@ -170,7 +171,7 @@ def _add(
             zero[y][x] = 0.0 if drawn is None else None
         known = counts is not None and sizes is not None and counts[index] is not None
         of = f"<br>{counts[index]:,} of {sizes[index]:,} {what.elements}" if known else ""
-        hover[y][x] = f"{_who(name, tensors, layer, row, across)}<br>{what.label}: <b>{what.said(value)}</b>{of}"
+        hover[y][x] = f"{_who(name, tensors, layer, row, across)}<br>{shown}: <b>{what.said(value)}</b>{of}"
     common = {
         "x": list(range(len(layers))), "y": list(range(len(rows))),
         "hovertext": hover, "hoverinfo": "text", "hoverongaps": False,
@@ -250,7 +251,7 @@ def _alt(frames: dict[str, pl.DataFrame], what: Quantity, across: str) -> str:
         least, most = (f"{what.said(v)} ({_where(layer, row, across)})" for v, layer, row in (known[0], known[-1]))
         text = f"from {least} to {most}"
         said.append(f"{style.plain(label)}: {text}" if len(frames) > 1 else text)
-    return f"Heat map of {what.label} by layer and {across}, {'; '.join(said)}."
+    return f"Heat map of {style.plain(what.label, 100)} by layer and {across}, {'; '.join(said)}."
 
 
 def _where(layer: int | None, row: Any, across: str) -> str:

@@ -136,8 +136,7 @@ def _thousands(value: float) -> str:
 def _powers(fig: go.Figure, lines: dict[str, tuple[pl.DataFrame, int]], which: str) -> None:
     ends = []
     for number, (label, (frame, of)) in enumerate(lines.items()):
-        inside = frame.filter(pl.col("lower").is_finite() & pl.col("upper").is_finite()).sort("lower")
-        rows = _with_gaps(inside.select("lower", "upper", "count").rows())
+        rows = _with_gaps(_bounded(frame))
         if not rows:
             continue
         name = style.safe(label, 30)
@@ -147,14 +146,22 @@ def _powers(fig: go.Figure, lines: dict[str, tuple[pl.DataFrame, int]], which: s
             y=[count / of if count else None for *_, count in rows], name=name, mode="lines+markers",
             line=style.line(number) | {"shape": "hvh"}, marker={"size": 4},
             hovertext=[
-                f"{name}<br>2^{lower:g} to 2^{upper:g} ({2.0**lower:.2g} to {2.0**upper:.2g}): <b>{percent(count / of)}</b>"
+                f"{name}<br>2^{lower:g} to 2^{upper:g} (from {2.0**lower:.2g}): <b>{percent(count / of)}</b>"
                 f"<br>{count:,} of {of:,} elements"
                 for lower, upper, count in rows
             ],
             hoverinfo="text",
         )  # fmt: skip
-    low, high = (2.0 ** min(ends), 2.0 ** max(ends)) if ends else (0.1, 1.0)
+    low, high = (2.0 ** min(ends), 2.0 ** min(max(ends), 1020)) if ends else (0.1, 1.0)
     fig.update_xaxes(**style.log_axis([low, high]))
+
+
+def _bounded(frame: pl.DataFrame) -> list[tuple[float, float, int]]:
+    """Bins of powers of two in order. The outermost ones, without an end, are drawn as wide as the others; what left a
+    weight of zero has no bin."""
+    rows = frame.filter(pl.col("lower").is_finite() | pl.col("upper").is_finite()).select("lower", "upper", "count").rows()
+    ends = [(upper - 1 if lower == -math.inf else lower, upper, count) for lower, upper, count in rows]
+    return sorted((lower, lower + 1 if upper == math.inf else upper, count) for lower, upper, count in ends)
 
 
 def _with_gaps(rows: list[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
@@ -172,13 +179,16 @@ def _alt(lines: dict[str, tuple[pl.DataFrame, int]], which: str) -> str:
     for name, (frame, of) in list(lines.items())[:8]:
         label = style.plain(name)
         if which == ULP:
-            rows = dict(frame.select("lower", "count").rows())
-            said.append(f"{label}: {percent(rows.get(0.0, 0) / of)} unchanged, {percent(rows.get(1.0, 0) / of)} by one ulp")
+            counts = dict(frame.select("lower", "count").rows())
+            none, one = (percent(counts.get(distance, 0) / of) for distance in (0.0, 1.0))
+            said.append(f"{label}: {none} unchanged, {one} by one ulp")
         else:
-            inside = frame.filter(pl.col("lower").is_finite() & pl.col("upper").is_finite())
-            if inside.height:
-                peak = inside.sort("count", descending=True).row(0, named=True)
-                at = f"2^{peak['lower']:g} to 2^{peak['upper']:g}"
-                said.append(f"{label}: most often {at} ({percent(peak['count'] / of)})")
+            rows = _bounded(frame)
+            if rows:
+                lower, upper, count = max(rows, key=lambda row: row[2])
+                said.append(f"{label}: most often 2^{lower:g} to 2^{upper:g} ({percent(count / of)})")
+            beyond = sum(frame["count"]) - sum(count for *_, count in rows)
+            if beyond:
+                said.append(f"{label}: {beyond:,} changes of weights that were zero are not drawn")
     more = f"; {len(lines) - 8} more lines" if len(lines) > 8 else ""
     return f"Histogram of {AXES[which]}. {'; '.join(said)}{more}."

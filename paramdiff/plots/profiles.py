@@ -52,7 +52,8 @@ def layers(
 def by_module(cells: pl.DataFrame) -> dict[str, pl.DataFrame]:
     """The layers of each module, of those that have any."""
     inside = cells.filter(pl.col("layer").is_not_null())
-    return {str(module): frame for (module,), frame in inside.group_by("module", maintain_order=True)}
+    parts = inside.group_by("module", maintain_order=True)
+    return {f"{module} (module)" if module == ALL else str(module): frame for (module,), frame in parts}
 
 
 def _quantity(column: str, frames: dict[str, pl.DataFrame]) -> Quantity:
@@ -67,7 +68,8 @@ def draw(frames: dict[str, pl.DataFrame], what: Quantity, subject: str) -> go.Fi
     positive = [v for v in values if v > 0]
     floor = min(positive) / 2 if positive else 0.5
     zeros = what.is_log and len(positive) < len(values)
-    title = f"{style.sentence(what.label)}, by layer: {style.safe(subject)}"
+    shown = style.safe(what.label, 100)
+    title = f"{style.sentence(shown)}, by layer: {style.safe(subject)}"
     fig = style.figure(title, _alt(lines, what), height=min(640, max(style.HEIGHT, 110 + 19 * len(lines))))
     for number, (label, points) in enumerate(lines.items(), start=-1 if ALL in lines else 0):
         look = {"color": style.INK, "width": 3} if label == ALL else style.line(number)
@@ -79,9 +81,9 @@ def draw(frames: dict[str, pl.DataFrame], what: Quantity, subject: str) -> go.Fi
         if zeros:
             axis["tickvals"], axis["ticktext"] = [floor, *axis["tickvals"]], ["0", *axis["ticktext"]]
             axis["range"] = style.log_axis([floor, *(positive or [1.0])])["range"]
-        fig.update_yaxes(title_text=what.label, **axis)
+        fig.update_yaxes(title_text=shown, **axis)
     else:
-        fig.update_yaxes(title_text=what.label + (f", {what.unit}" if what.unit else ""))
+        fig.update_yaxes(title_text=shown + (f", {what.unit}" if what.unit else ""))
         if what.scale == quantities.PERCENT:
             fig.update_yaxes(ticksuffix=" %", rangemode="tozero")
     return fig
@@ -104,7 +106,7 @@ def _line(fig: go.Figure, label: str, points: list[Any], what: Quantity, floor: 
     def is_zero(value: float | None) -> bool:
         return what.is_log and value is not None and value <= 0
 
-    name = style.safe(label, 30)
+    name, shown = style.safe(label, 30), style.safe(what.label, 100)
     drawn = [floor if is_zero(value) else value for _, value, _ in points]
     fig.add_scatter(
         x=[layer for layer, _, _ in points], y=drawn, name=name, mode="lines+markers",
@@ -113,7 +115,7 @@ def _line(fig: go.Figure, label: str, points: list[Any], what: Quantity, floor: 
             "size": 5 if len(points) < 40 else 3,
             "symbol": ["triangle-down-open" if is_zero(value) else "circle" for _, value, _ in points],
         },
-        hovertext=[f"{name}, layer {layer}<br>{what.label}: <b>{what.said(value)}</b>{of}" for layer, value, of in points],
+        hovertext=[f"{name}, layer {layer}<br>{shown}: <b>{what.said(value)}</b>{of}" for layer, value, of in points],
         hoverinfo="text",
     )  # fmt: skip
 
@@ -127,4 +129,4 @@ def _alt(lines: dict[str, list[Any]], what: Quantity) -> str:
             (first, begin), (last, end) = known[0], known[-1]
             said.append(f"{style.plain(label)} {what.said(begin)} in layer {first}, {what.said(end)} in layer {last}")
     more = f"; {len(lines) - 4} more" if len(lines) > 4 else ""
-    return f"Lines of {what.label} along the layers: {'; '.join(said) or 'no layers'}{more}."
+    return f"Lines of {style.plain(what.label, 100)} along the layers: {'; '.join(said) or 'no layers'}{more}."

@@ -164,7 +164,9 @@ def table_of(result: Diff | Moments, column: str) -> str:
         if column in drawable(result, table):
             return table
     every = [name for table in result.tables for name in drawable(result, table)]
-    raise OptionError(f"There is no column {column!r} to draw.", hint=f"Columns here: {', '.join(dict.fromkeys(every))}.")
+    raise OptionError(
+        f"There is no column {column[:80]!r} to draw.", hint=f"Columns here: {', '.join(dict.fromkeys(every))}."
+    )
 
 
 def side_of(result: Diff | Moments, column: str) -> str:
@@ -195,10 +197,18 @@ def rolled(
 
     Columns that have no pooling of their own (those of one's own measures) are means over tensors, each counted by its
     elements. `k` picks the subspaces (by default the smallest).
+
+    Raises `OptionError` for a side or k that is not there.
     """
     frame = result.tables[table]
     if table == "subspaces" and frame.height:
-        frame = frame.filter(pl.col("k") == (k or frame["k"].min()))
+        k = k or frame.select(pl.col("k").min()).item()
+        if k not in frame["k"]:
+            known = ", ".join(str(own) for own in frame["k"].drop_nulls().unique().sort())
+            raise OptionError(f"Subspaces of {k} directions were not measured.", hint=f"There are those of {known}.")
+        frame = frame.filter(pl.col("k") == k)
+    if isinstance(result, Moments) and side not in result.sides:
+        raise OptionError(f"There is no side {side[:40]!r} here.", hint=f"Draw {' or '.join(result.sides)}.")
     if "duplicate_of" in frame.columns:
         frame = frame.filter(pl.col("duplicate_of").is_null())
     if table == "tensors":
@@ -214,8 +224,8 @@ def rolled(
     weight = pl.col("numel").cast(pl.Float64) if "numel" in frame.columns else pl.lit(1.0)
     sums = [c for c in _SUMMED if c in frame.columns]
     own = [c for c in drawable(result, table) if c in frame.columns and c not in (*pooled.columns, *sums)]
-    known = [pl.when(pl.col(c).is_not_null()).then(weight).otherwise(0.0).sum() for c in own]
-    means = [((pl.col(c).cast(pl.Float64) * weight).sum() / w).alias(c) for c, w in zip(own, known, strict=True)]
+    weights = [pl.when(pl.col(c).is_not_null()).then(weight).otherwise(0.0).sum() for c in own]
+    means = [((pl.col(c).cast(pl.Float64) * weight).sum() / w).alias(c) for c, w in zip(own, weights, strict=True)]
     extra = frame.group_by(keys, maintain_order=True).agg(pl.len().alias("tensors"), names, pl.col(sums).sum(), *means)
     return pooled.drop("tensors", strict=False).join(extra, on=list(keys), how="left", nulls_equal=True)
 

@@ -8,7 +8,7 @@ from typing import Any
 from paramdiff.diff import Diff
 from paramdiff.errors import OptionError
 from paramdiff.moments import Moments
-from paramdiff.wording import labels
+from paramdiff.wording import labels, unique
 
 Result = Diff | Moments
 Results = Result | Sequence[Result] | Mapping[str, Result]
@@ -20,7 +20,7 @@ def named(results: Results) -> dict[str, Any]:
     Raises `OptionError` for none.
     """
     if isinstance(results, Mapping):
-        found = dict(results)
+        found = {str(label): result for label, result in results.items()}
     else:
         listed: list[Any] = list(results) if isinstance(results, list | tuple) else [results]
         if not all(isinstance(result, Diff | Moments) for result in listed):
@@ -48,11 +48,7 @@ def sides(results: Results) -> dict[str, tuple[Moments, str]]:
             own = label if len(result.sides) == 1 else f"{label}: {labels([ref])[0]}"
             every.append((own if given else ref, result, side))
     names = [name for name, *_ in every] if given else labels([name for name, *_ in every])
-    return {name: (result, side) for name, (_, result, side) in zip(_unique(names), every, strict=True)}
-
-
-def _unique(names: list[str]) -> list[str]:
-    return [name if names.count(name) == 1 else f"{name} ({place + 1})" for place, name in enumerate(names)]
+    return {name: (result, side) for name, (_, result, side) in zip(unique(names), every, strict=True)}
 
 
 def diffs(results: Results) -> dict[str, Diff]:

@@ -26,7 +26,8 @@ Floats = NDArray[np.float64]
 class Curve:
     """One matrix: its row of `Diff.ranks`, and at each point of `GRID` σᵢ/σ₁ and the share of the energy up to there.
 
-    NaN where a matrix has no such direction (fewer than 1/share), or a sketch did not go so far; None where nothing changed.
+    NaN where a matrix has no such direction (fewer than 1/share), or a sketch did not go so far; None where nothing changed
+    or a norm is beyond float64.
     """
 
     row: dict[str, Any]
@@ -76,15 +77,20 @@ def compose(every: dict[str, list[Curve]], subject: str, by: str, module: str | 
                 place = curve.row[by]
                 own = "outside" if place is None else str(place)
                 lines.setdefault(own if len(every) == 1 else label, []).append(curve)
-    zero = sum(curve.relative is None for found in lines.values() for curve in found)
+    left = [curve for found in lines.values() for curve in found if curve.relative is None]
+    zero = sum(not curve.row["frobenius"] for curve in left)
     moved = {label: kept for label, found in lines.items() if (kept := [c for c in found if c.relative is not None])}
     if not moved:
-        raise OptionError("There is no spectrum to draw: no matrix changed.")
+        raise OptionError(
+            "There is no spectrum to draw: no matrix changed."
+            if len(left) == zero
+            else "There is no finite spectrum to draw."
+        )
     if len(every) == 1:
         moved = _sorted(moved, by)
     subject += f", {module}" if module else ""
     fig = draw(moved, subject, ordered=by == "layer" and len(every) == 1)
-    fig.update_layout(meta={"alt": _alt(moved, zero)})
+    fig.update_layout(meta={"alt": _alt(moved, zero, len(left) - zero)})
     return fig
 
 
@@ -110,14 +116,16 @@ def curves(diff: Diff, ranks: pl.DataFrame) -> list[Curve]:
     found = []
     for row in joined.select(wanted).iter_rows(named=True):
         sigma = np.asarray(row.pop("sigma") or [], dtype=np.float64)
-        if not row["frobenius"] or not len(sigma) or not sigma[0]:
+        if not len(sigma) or not 0 < sigma[0] < np.inf or not 0 < row["frobenius"] < np.inf:
             found.append(Curve(row, None, None))
             continue
         index = np.floor(GRID * row["full_rank"] + 1e-9).astype(int)  # so many directions make up the share, whole ones
         there = (index >= 1) & (index <= len(sigma))
         relative, energy = np.full(len(GRID), np.nan), np.full(len(GRID), np.nan)
-        relative[there] = sigma[index[there] - 1] / sigma[0]
-        energy[there] = (np.cumsum(sigma**2) / row["frobenius"] ** 2)[index[there] - 1].clip(max=1)
+        shares = sigma / sigma[0]  # whose squares float64 holds, where those of σ may be beyond it
+        relative[there] = shares[index[there] - 1]
+        held = np.cumsum(shares**2) * (sigma[0] / row["frobenius"]) ** 2
+        energy[there] = held[index[there] - 1].clip(max=1)
         found.append(Curve(row, relative, energy))
     return found
 
@@ -215,7 +223,7 @@ def _quantile(values: Floats, q: float) -> Floats:
     return found
 
 
-def _alt(lines: dict[str, list[Curve]], zero: int) -> str:
+def _alt(lines: dict[str, list[Curve]], zero: int, beyond: int) -> str:
     said = []
     for label, found in list(lines.items())[:6]:
         percents = [curve.row["energy_rank_99_percent"] for curve in found]
@@ -224,5 +232,6 @@ def _alt(lines: dict[str, list[Curve]], zero: int) -> str:
             middle = f"{np.median(known):.3g} % of the directions"
             said.append(f"{style.plain(label)}: 99 % of the energy lies in {middle}{' (median)' if len(known) > 1 else ''}")
     more = f"; {len(lines) - 6} more lines" if len(lines) > 6 else ""
-    left = f" {zero} matrices did not change and are not drawn." if zero else ""
+    left = f" {zero} {'matrix' if zero == 1 else 'matrices'} without a change not drawn." if zero else ""
+    left += f" {beyond} beyond float64 not drawn." if beyond else ""
     return f"Singular values of the update and the energy they hold. {'; '.join(said)}{more}.{left}"

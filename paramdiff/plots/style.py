@@ -19,6 +19,7 @@ INK, FAINT, NOTHING = "#222222", "#dddddd", "#c9c9c9"
 COLOURS = ("#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee", "#882255", "#44aa99", "#999933", "#aa4499", "#555555")
 DASHES = ("solid", "dash", "dot", "dashdot")
 SEQUENTIAL, SIGNED = "Cividis", "PuOr"
+SMALLEST, LARGEST = 1e-307, 1e307  # what axes reach to
 WIDTH, HEIGHT = 680, 380  # CSS pixels: the text width of a page, at 96 to the inch 18 cm
 FONT = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 MARGIN = {"l": 60, "r": 20, "t": 48, "b": 50}  # pixels
@@ -52,7 +53,9 @@ def safe(text: str, longest: int = 60) -> str:
     >>> safe("<b>q_proj</b>")
     '&lt;b&gt;q_proj&lt;/b&gt;'
     """
-    return escape(shortened(printable(text), longest), quote=False)
+    found = escape(shortened(printable(text), longest), quote=False)
+    # plotly fills in %{…} in some texts, and hands $…$ to MathJax where there is one; as entities they are just characters
+    return found.replace("%{", "&#37;{").replace("$", "&#36;")
 
 
 def plain(text: str, longest: int = 40) -> str:
@@ -86,8 +89,9 @@ def decades(low: float, high: float, *, share: bool = False, most: int = 9) -> t
     >>> decades(0.1, 0.3)[1]
     ['0.1', '0.2', '0.3']
     """
+    low, high = max(low, SMALLEST), min(high, LARGEST)
     first, last = math.log10(low), math.log10(high)
-    powers = range(math.floor(first), math.ceil(last) + 1)
+    powers = range(max(-307, math.floor(first)), min(307, math.ceil(last)) + 1)
     if last - first < 2.2:  # too few powers of ten to read values by
         steps = (1, 3) if most < 6 else range(1, 10) if last - first < 0.8 else (1, 2, 5)
         values = [step * 10.0**power for power in powers for step in steps]
@@ -116,7 +120,7 @@ def tick(value: float, *, share: bool = False) -> str:
 
 def log_axis(values: Sequence[float], *, share: bool = False, margin: float = 1.25, most: int = 9) -> dict[str, Any]:
     """A log axis over positive values, with the same labels as colour bars have."""
-    low, high = min(values) / margin, max(values) * margin
+    low, high = max(min(values) / margin, SMALLEST), min(max(values) * margin, LARGEST)
     if share:
         high = min(high, 1.04)  # there is nothing beyond 100 %
     at, text = decades(low, high, share=share, most=most)
@@ -133,4 +137,4 @@ def sentence(label: str) -> str:
     ('Mean |Δ|', 'σ₁ of Δ', 'my_column', 'cos(m, g)')
     """
     word = label.split(" ")[0]
-    return label[0].upper() + label[1:] if word.isascii() and word.isalpha() else label
+    return label[0].upper() + label[1:] if word.isascii() and word.isalpha() and word != label else label
