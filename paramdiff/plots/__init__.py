@@ -15,15 +15,19 @@ from collections.abc import Callable
 from typing import Any
 
 from paramdiff.errors import OptionError
+from paramdiff.plots import heat, histograms, moments, profiles, spectra, striped, style
+from paramdiff.plots.canvas import as_figure
 from paramdiff.plots.export import checked, save
-from paramdiff.plots.heat import heatmap
-from paramdiff.plots.histograms import histogram
-from paramdiff.plots.moments import adam
-from paramdiff.plots.profiles import layers
-from paramdiff.plots.spectra import spectrum
-from paramdiff.plots.striped import stripes
 
-__all__ = ["FIGURES", "adam", "checked", "heatmap", "histogram", "layers", "of", "save", "spectrum", "stripes"]
+__all__ = ["FIGURES", "adam", "blank", "checked", "heatmap", "histogram", "layers", "of", "save", "spectrum", "stripes"]
+
+heatmap = as_figure(heat.heatmap)
+layers = as_figure(profiles.layers)
+histogram = as_figure(histograms.histogram)
+spectrum = as_figure(spectra.spectrum)
+stripes = as_figure(striped.stripes)
+adam = as_figure(moments.adam)
+blank = as_figure(style.figure)  # for figures of one's own
 
 FIGURES: dict[str, Callable[..., Any]] = {
     "heatmap": heatmap, "layers": layers, "histogram": histogram, "spectrum": spectrum, "stripes": stripes, "adam": adam,

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 import polars as pl
 
 from paramdiff.diff import Diff
 from paramdiff.errors import OptionError
 from paramdiff.moments import Moments
 from paramdiff.plots import quantities, runs, style
+from paramdiff.plots.canvas import Canvas
 from paramdiff.plots.quantities import Quantity
 
 LABEL = 16  # pixels above a panel for its name
@@ -28,7 +28,7 @@ def heatmap(
     module: str | None = None,
     side: str | None = None,
     k: int | None = None,
-) -> go.Figure:
+) -> Canvas:
     """Layer × module, coloured by `column`; with `module`, layer × expert of that one.
 
     Args:
@@ -75,9 +75,7 @@ def in_order(frame: pl.DataFrame, table: pl.DataFrame) -> pl.DataFrame:
     return frame.sort(pl.col("module").replace_strict(order, return_dtype=pl.Int64), maintain_order=True)
 
 
-def draw(
-    frames: dict[str, pl.DataFrame], what: Quantity, subject: str, *, across: str = "module", of: str = ""
-) -> go.Figure:
+def draw(frames: dict[str, pl.DataFrame], what: Quantity, subject: str, *, across: str = "module", of: str = "") -> Canvas:
     """The heat map of rolled-up frames: columns layer, `across`, that of `what`, tensors and name."""
     what = quantities.over_groups(what, frames.values())
     values = [v for frame in frames.values() for v in quantities.drawn(frame, what) if v is not None]
@@ -93,7 +91,7 @@ def draw(
     height = AROUND + inner + (LABEL if len(frames) > 1 else 0)
     fig = style.figure(title, _alt(frames, what, across), height=height)
     if len(frames) > 1:  # the first panel's label stands above it
-        fig.update_layout(margin={"t": style.MARGIN["t"] + LABEL})
+        fig.update(margin={"t": style.MARGIN["t"] + LABEL})
     zeros = False
     for number, (label, frame) in enumerate(frames.items()):
         axes = {"xaxis": f"x{number + 1}", "yaxis": f"y{number + 1}"} if number else {}
@@ -143,7 +141,7 @@ def _ticks(low: float, high: float, *, clipped: bool, share: bool) -> tuple[list
 
 
 def _add(
-    fig: go.Figure,
+    fig: Canvas,
     frame: pl.DataFrame,
     what: Quantity,
     rows: list[Any],
@@ -181,7 +179,7 @@ def _add(
     if any_zero:
         fig.add_heatmap(z=zero, colorscale=[[0, style.NOTHING], [1, style.NOTHING]], showscale=False, **common)
     fig.add_heatmap(z=cells, coloraxis="coloraxis", **common)
-    fig.update_layout(coloraxis=scale)
+    fig.update(coloraxis=scale)
     return any_zero
 
 
@@ -200,7 +198,7 @@ def _layers(frames: Sequence[pl.DataFrame]) -> list[int]:
 
 
 def _axes(
-    fig: go.Figure,
+    fig: Canvas,
     frames: dict[str, pl.DataFrame],
     number: int,
     label: str,
@@ -218,8 +216,8 @@ def _axes(
     last = number == len(frames) - 1
     names = [style.safe(str(row), 28) for row in rows]
     several = max(1, math.ceil(len(rows) / 60))
-    fig.update_layout(
-        {
+    fig.update(
+        **{
             f"xaxis{number + 1 if number else ''}": {
                 "tickvals": [x for x, _ in shown], "ticktext": [text for _, text in shown],
                 "range": [-0.5, len(layers) - 0.5], "tickangle": 0,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-import plotly.graph_objects as go
 import polars as pl
 
 from paramdiff.errors import OptionError
 from paramdiff.pairing import CODES
 from paramdiff.plots import quantities, runs, style
+from paramdiff.plots.canvas import Canvas
 from paramdiff.wording import percent
 
 MISSING = {
@@ -25,7 +25,7 @@ AXES = {
 }
 
 
-def histogram(results: runs.Results, which: str = DELTA, *, by: str | None = "kind") -> go.Figure:
+def histogram(results: runs.Results, which: str = DELTA, *, by: str | None = "kind") -> Canvas:
     """The share of all elements in each bin, on a log scale: of one result a line for each group of `by` (kind, module or
     None), of several a line each.
 
@@ -78,18 +78,18 @@ def grouped(
     return {group: (parts[group], int(sizes[group])) for group in order if group in parts}
 
 
-def draw(lines: dict[str, tuple[pl.DataFrame, int]], which: str, subject: str) -> go.Figure:
+def draw(lines: dict[str, tuple[pl.DataFrame, int]], which: str, subject: str) -> Canvas:
     """The histogram of added-up bins (lower, upper, count) with the elements they are shares of."""
     names = {ULP: "Distance in ulps", DELTA: "Size of the change", RELATIVE: "Size of the change beside the weight"}
     fig = style.figure(f"{names[which]}: {style.safe(subject)}", _alt(lines, which))
     shares = [count / of for frame, of in lines.values() for count in frame["count"] if count]
     (_ulps if which == ULP else _powers)(fig, lines, which)
-    fig.update_yaxes(title_text="share of elements", **style.log_axis(shares or [1.0], share=True))
-    fig.update_xaxes(title_text=AXES[which])
+    axis = {"title": {"text": "share of elements"}, **style.log_axis(shares or [1.0], share=True)}
+    fig.update(xaxis={"title": {"text": AXES[which]}}, yaxis=axis)
     return fig
 
 
-def _ulps(fig: go.Figure, lines: dict[str, tuple[pl.DataFrame, int]], which: str) -> None:
+def _ulps(fig: Canvas, lines: dict[str, tuple[pl.DataFrame, int]], which: str) -> None:
     edges = _all_ulps([upper for frame, _ in lines.values() for upper in frame["upper"]])
     texts = [_ulp(lower, upper) for lower, upper in edges]
     for number, (label, (frame, of)) in enumerate(lines.items()):
@@ -104,7 +104,8 @@ def _ulps(fig: go.Figure, lines: dict[str, tuple[pl.DataFrame, int]], which: str
                 for text, count in zip(texts, found, strict=True)
             ],
         )  # fmt: skip
-    fig.update_xaxes(type="category", categoryorder="array", categoryarray=texts, tickangle=-40, dtick=-(-len(texts) // 20))
+    categories = {"type": "category", "categoryorder": "array", "categoryarray": texts}
+    fig.update(xaxis={**categories, "tickangle": -40, "dtick": -(-len(texts) // 20)})
 
 
 def _all_ulps(uppers: list[float]) -> list[tuple[float, float]]:
@@ -133,7 +134,7 @@ def _thousands(value: float) -> str:
     return "2" + str(round(math.log2(value))).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def _powers(fig: go.Figure, lines: dict[str, tuple[pl.DataFrame, int]], which: str) -> None:
+def _powers(fig: Canvas, lines: dict[str, tuple[pl.DataFrame, int]], which: str) -> None:
     ends = []
     for number, (label, (frame, of)) in enumerate(lines.items()):
         rows = _with_gaps(_bounded(frame))
@@ -153,7 +154,7 @@ def _powers(fig: go.Figure, lines: dict[str, tuple[pl.DataFrame, int]], which: s
             hoverinfo="text",
         )  # fmt: skip
     low, high = (2.0 ** min(ends), 2.0 ** min(max(ends), 1020)) if ends else (0.1, 1.0)
-    fig.update_xaxes(**style.log_axis([low, high]))
+    fig.update(xaxis=style.log_axis([low, high]))
 
 
 def _bounded(frame: pl.DataFrame) -> list[tuple[float, float, int]]:

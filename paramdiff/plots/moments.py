@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
-import plotly.graph_objects as go
 import polars as pl
 
 from paramdiff.errors import OptionError
 from paramdiff.moments import Moments
 from paramdiff.plots import quantities, runs, style
+from paramdiff.plots.canvas import Canvas
 from paramdiff.wording import number, percent
 
 STEP = 0.1  # decades to a bin
 BINS = {"log10_sqrt_vhat": "√v̂", "log10_eff_lr": "effective learning rate, η / (√v̂ + ε)"}
 
 
-def adam(results: runs.Results, *, by: str = "module") -> go.Figure:
+def adam(results: runs.Results, *, by: str = "module") -> Canvas:
     """Left: how √v̂ is spread over the elements, for each group. Right: the effective learning rate along the layers, its
     median and the range from the 1st to the 99th percentile.
 
@@ -40,13 +40,13 @@ def adam(results: runs.Results, *, by: str = "module") -> go.Figure:
     fig = style.figure(title, _alt(found, lines), height=360)
     _spread(fig, lines, "log10_sqrt_vhat")
     _rates(fig, rates)
-    fig.update_layout(
+    fig.update(
         xaxis={"domain": [0, 0.4]}, xaxis2={"domain": [0.62, 1], "anchor": "y2"}, yaxis2={"anchor": "x2"},
     )  # fmt: skip
     return fig
 
 
-def spread(results: runs.Results, which: str = "log10_eff_lr", *, by: str = "module") -> go.Figure:
+def spread(results: runs.Results, which: str = "log10_eff_lr", *, by: str = "module") -> Canvas:
     """How √v̂ (`log10_sqrt_vhat`) or the effective learning rate (`log10_eff_lr`) is spread over the elements of each group.
 
     Takes what `adam` takes, and raises the same.
@@ -84,7 +84,7 @@ def spreads(found: dict[str, tuple[Moments, str]], which: str, by: str) -> dict[
     return lines
 
 
-def _spread(fig: go.Figure, lines: dict[str, pl.DataFrame], which: str) -> None:
+def _spread(fig: Canvas, lines: dict[str, pl.DataFrame], which: str) -> None:
     every = [x for frame in lines.values() for x in frame["at"]]
     for position, (label, frame) in enumerate(lines.items()):
         name = style.safe(label, 30)
@@ -99,11 +99,12 @@ def _spread(fig: go.Figure, lines: dict[str, pl.DataFrame], which: str) -> None:
             ],
         )  # fmt: skip
     axis = style.log_axis([10 ** min(every), 10 ** max(every)], most=5)
-    fig.update_xaxes(title_text=BINS[which], **axis)
-    fig.update_yaxes(title_text=f"share of elements, per {STEP:g} decades", tickformat=".0%", rangemode="tozero")
+    fig.update(xaxis={"title": {"text": BINS[which]}, **axis})
+    share = {"title": {"text": f"share of elements, per {STEP:g} decades"}, "tickformat": ".0%", "rangemode": "tozero"}
+    fig.update(yaxis=share)
 
 
-def _rates(fig: go.Figure, rates: dict[str, pl.DataFrame]) -> None:
+def _rates(fig: Canvas, rates: dict[str, pl.DataFrame]) -> None:
     """The right panel: medians, with the range that holds 98 % of the elements as bars."""
     seen: list[float] = []
     axes = {"xaxis": "x2", "yaxis": "y2"}
@@ -130,7 +131,7 @@ def _rates(fig: go.Figure, rates: dict[str, pl.DataFrame]) -> None:
     note = None if seen else "not known: no learning rate"
     if note:
         fig.add_annotation(text=note, xref="x2 domain", yref="y2 domain", x=0.5, y=0.5, showarrow=False)
-    fig.update_layout(
+    fig.update(
         xaxis2={"title": {"text": "layer"}, "tickformat": "d"},
         yaxis2={"title": {"text": text}, **style.log_axis(seen or [0.1, 1])},
     )

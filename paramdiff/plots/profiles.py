@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import plotly.graph_objects as go
 import polars as pl
 
 from paramdiff.moments import Moments
 from paramdiff.plots import quantities, runs, style
+from paramdiff.plots.canvas import Canvas
 from paramdiff.plots.heat import in_order
 from paramdiff.plots.quantities import Quantity
 
@@ -22,7 +22,7 @@ def layers(
     *,
     side: str | None = None,
     k: int | None = None,
-) -> go.Figure:
+) -> Canvas:
     """`column` along the layers: of one result a line for each module and one for all together; of several, a line each.
 
     Shares are drawn as the *changed* share on a log scale. A value of zero, for which a log scale has no place, is an open
@@ -60,7 +60,7 @@ def _quantity(column: str, frames: dict[str, pl.DataFrame]) -> Quantity:
     return quantities.quantity(column, pl.concat([frame[column].cast(pl.Float64) for frame in frames.values()]))
 
 
-def draw(frames: dict[str, pl.DataFrame], what: Quantity, subject: str) -> go.Figure:
+def draw(frames: dict[str, pl.DataFrame], what: Quantity, subject: str) -> Canvas:
     """The profile of rolled-up frames: columns layer and that of `what`."""
     what = quantities.over_groups(what, frames.values())
     lines = {label: _points(frame, what) for label, frame in frames.items()}
@@ -75,17 +75,17 @@ def draw(frames: dict[str, pl.DataFrame], what: Quantity, subject: str) -> go.Fi
         look = {"color": style.INK, "width": 3} if label == ALL else style.line(number)
         _line(fig, label, points, what, floor, look)
     last = max((layer for points in lines.values() for layer, *_ in points), default=0)
-    fig.update_xaxes(title_text="layer", tick0=0, dtick=math.ceil((last + 1) / 16))
+    fig.update(xaxis={"title": {"text": "layer"}, "tick0": 0, "dtick": math.ceil((last + 1) / 16)})
     if what.is_log:
         axis = style.log_axis(positive or [1.0], share=what.scale == quantities.SHARE)
         if zeros:
             axis["tickvals"], axis["ticktext"] = [floor, *axis["tickvals"]], ["0", *axis["ticktext"]]
             axis["range"] = style.log_axis([floor, *(positive or [1.0])])["range"]
-        fig.update_yaxes(title_text=shown, **axis)
+        fig.update(yaxis={"title": {"text": shown}, **axis})
     else:
-        fig.update_yaxes(title_text=shown + (f", {what.unit}" if what.unit else ""))
+        fig.update(yaxis={"title": {"text": shown + (f", {what.unit}" if what.unit else "")}})
         if what.scale == quantities.PERCENT:
-            fig.update_yaxes(ticksuffix=" %", rangemode="tozero")
+            fig.update(yaxis={"ticksuffix": " %", "rangemode": "tozero"})
     return fig
 
 
@@ -102,7 +102,7 @@ def _points(frame: pl.DataFrame, what: Quantity) -> list[tuple[int, float | None
     return sorted(found, key=lambda point: point[0])
 
 
-def _line(fig: go.Figure, label: str, points: list[Any], what: Quantity, floor: float, look: dict[str, Any]) -> None:
+def _line(fig: Canvas, label: str, points: list[Any], what: Quantity, floor: float, look: dict[str, Any]) -> None:
     def is_zero(value: float | None) -> bool:
         return what.is_log and value is not None and value <= 0
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 import polars as pl
 from numpy.typing import NDArray
 
 from paramdiff.diff import Diff
 from paramdiff.errors import OptionError
 from paramdiff.plots import quantities, runs, style
+from paramdiff.plots.canvas import Canvas
 from paramdiff.wording import number, percent
 
 GRID = np.geomspace(1e-4, 1, 81)  # shares of the directions at which spectra of different sizes are read
@@ -35,9 +35,7 @@ class Curve:
     energy: Floats | None
 
 
-def spectrum(
-    results: runs.Results, by: str = "module", *, module: str | None = None, names: Sequence[str] = ()
-) -> go.Figure:
+def spectrum(results: runs.Results, by: str = "module", *, module: str | None = None, names: Sequence[str] = ()) -> Canvas:
     """Left: σᵢ/σ₁ against the share of directions, i/min(m, n). Right: the share of Σσ² that these directions hold.
 
     Args:
@@ -65,7 +63,7 @@ def spectrum(
     return compose(every, runs.subject(found), "name" if names else by, module)
 
 
-def compose(every: dict[str, list[Curve]], subject: str, by: str, module: str | None = None) -> go.Figure:
+def compose(every: dict[str, list[Curve]], subject: str, by: str, module: str | None = None) -> Canvas:
     """The figure of the curves of one run, grouped `by` what their rows say, or of several, a line each.
 
     `module` leaves those of others out. Raises `OptionError` where no curve is left.
@@ -90,7 +88,7 @@ def compose(every: dict[str, list[Curve]], subject: str, by: str, module: str | 
         moved = _sorted(moved, by)
     subject += f", {module}" if module else ""
     fig = draw(moved, subject, ordered=by == "layer" and len(every) == 1)
-    fig.update_layout(meta={"alt": _alt(moved, zero, len(left) - zero)})
+    fig.update(meta={"alt": _alt(moved, zero, len(left) - zero)})
     return fig
 
 
@@ -139,7 +137,7 @@ def _sorted(lines: dict[str, list[Curve]], by: str) -> dict[str, list[Curve]]:
     return dict(sorted(lines.items(), key=lambda line: order.index(line[0])))
 
 
-def draw(lines: dict[str, list[Curve]], subject: str, *, ordered: bool = False) -> go.Figure:
+def draw(lines: dict[str, list[Curve]], subject: str, *, ordered: bool = False) -> Canvas:
     """The figure of curves that are not None, a line for each list of them; `ordered`: coloured by their order."""
     parts = ("relative", "energy")
     medians = {label: [np.stack([getattr(c, part) for c in found]) for part in parts] for label, found in lines.items()}
@@ -168,17 +166,17 @@ def draw(lines: dict[str, list[Curve]], subject: str, *, ordered: bool = False) 
                 ],
             )  # fmt: skip
     for mark in MARKS:
-        fig.add_hline(y=mark, line={"color": "#888888", "width": 1, "dash": "dot"}, xref="x2", yref="y2")
+        fig.add_line(mark, panel="2", color="#888888", width=1, dash="dot")
     _layout(fig, medians)
     return fig
 
 
-def _layout(fig: go.Figure, medians: dict[str, list[Floats]]) -> None:
+def _layout(fig: Canvas, medians: dict[str, list[Floats]]) -> None:
     some = [GRID[np.isfinite(relative).any(axis=0)] for relative, _ in medians.values()]
     first = min(float(part[0]) for part in some if len(part))
     axis = {**style.log_axis([first, 1.0], share=True, margin=1.0, most=5), "title": {"text": "share of directions"}}
     positive = [float(v) for relative, _ in medians.values() for v in _median(relative) if v > 0]
-    fig.update_layout(
+    fig.update(
         xaxis={**axis, "domain": [0, 0.4], "anchor": "y"}, xaxis2={**axis, "domain": [0.6, 1], "anchor": "y2"},
         yaxis={**style.log_axis([max(min(positive, default=1.0), 1e-8), 1.0]), "title": {"text": "σᵢ / σ₁"}, "anchor": "x"},
         yaxis2={
@@ -192,7 +190,7 @@ def _axes(panel: int) -> dict[str, str]:
     return {"xaxis": "x2", "yaxis": "y2"} if panel else {"xaxis": "x", "yaxis": "y"}
 
 
-def _band(fig: go.Figure, values: Floats, colour: str, panel: int) -> None:
+def _band(fig: Canvas, values: Floats, colour: str, panel: int) -> None:
     """The middle 80 % of the matrices, behind the lines."""
     low, high = (_quantile(values, q) for q in (0.1, 0.9))
     known = np.isfinite(low) & (low > 0)

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 import polars as pl
 from numpy.typing import NDArray
 
@@ -14,6 +13,7 @@ from paramdiff.diff import Diff
 from paramdiff.errors import OptionError
 from paramdiff.pairing import CODES
 from paramdiff.plots import runs, style
+from paramdiff.plots.canvas import Canvas
 from paramdiff.wording import percent
 
 BINS = 192  # rows or columns beyond are drawn several to a cell
@@ -21,7 +21,7 @@ AXES = ("rows", "cols")
 Profile = tuple[NDArray[np.float64], int]  # changed share of each cell, and how many rows there are
 
 
-def stripes(result: Diff, module: str | None = None) -> go.Figure:
+def stripes(result: Diff, module: str | None = None) -> Canvas:
     """The changed share of the rows (left) and columns (right) of one module's matrices, a line of cells for each layer.
 
     By default the module inside layers whose changes are most unevenly spread. Long axes are drawn several
@@ -87,7 +87,7 @@ def _profile(rows: list[dict[str, Any]]) -> Profile:
     return changed / np.maximum(elements, 1), length
 
 
-def draw(found: dict[str, dict[int | None, Profile]], module: str, subject: str) -> go.Figure:
+def draw(found: dict[str, dict[int | None, Profile]], module: str, subject: str) -> Canvas:
     """The figure of profiles along both axes (see `profiles`)."""
     shares = [float(v) for layers in found.values() for cells, _ in layers.values() for v in cells]
     positive = [v for v in shares if v > 0] or [1.0]
@@ -97,7 +97,7 @@ def draw(found: dict[str, dict[int | None, Profile]], module: str, subject: str)
     layers = list(found["rows"])
     title = f"Changed share of rows and columns of {style.safe(module)}: {style.safe(subject)}"
     fig = style.figure(title, _alt(found, module), height=max(190, min(620, 130 + 16 * len(layers))))
-    fig.update_layout(
+    fig.update(
         coloraxis={
             "colorscale": style.SEQUENTIAL, "cmin": math.log10(low), "cmax": math.log10(high),
             "colorbar": {"tickvals": at, "ticktext": text, "thickness": 12, "outlinewidth": 0},
@@ -108,8 +108,8 @@ def draw(found: dict[str, dict[int | None, Profile]], module: str, subject: str)
     for panel, axis in enumerate(AXES):
         _cells(fig, found[axis], axis, panel)
         number = "2" if panel else ""
-        fig.update_layout(
-            {
+        fig.update(
+            **{
                 f"xaxis{number}": {
                     "title": {"text": "row" if axis == "rows" else "column"}, "domain": [0.55, 1] if panel else [0, 0.45],
                     "anchor": f"y{number}", "showgrid": False,
@@ -123,7 +123,7 @@ def draw(found: dict[str, dict[int | None, Profile]], module: str, subject: str)
     return fig
 
 
-def _cells(fig: go.Figure, layers: dict[int | None, Profile], axis: str, panel: int) -> None:
+def _cells(fig: Canvas, layers: dict[int | None, Profile], axis: str, panel: int) -> None:
     """Add one panel: the cells of each layer, those of other lengths stretched to the longest."""
     longest = max(length for _, length in layers.values())
     cells = max(len(values) for values, _ in layers.values())

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-import plotly.graph_objects as go
-
+from paramdiff.plots.canvas import Canvas
 from paramdiff.wording import printable, shortened
 
 INK, FAINT, NOTHING = "#222222", "#dddddd", "#c9c9c9"
@@ -27,24 +26,20 @@ _AXIS = {
     "showline": True, "linecolor": INK, "linewidth": 1, "ticks": "outside", "tickcolor": INK, "ticklen": 4,
     "gridcolor": "#ececec", "zeroline": False, "automargin": True, "title": {"standoff": 8},
 }  # fmt: skip
-TEMPLATE = go.layout.Template(
-    layout={
-        "font": {"family": FONT, "size": 11, "color": INK},
-        "title": {"font": {"size": 13}, "x": 0, "xref": "container", "xanchor": "left", "pad": {"l": 8}},
-        "paper_bgcolor": "white", "plot_bgcolor": "white", "colorway": COLOURS,
-        "xaxis": _AXIS, "yaxis": _AXIS,
-        "legend": {"font": {"size": 10}, "tracegroupgap": 2},
-        "hoverlabel": {"align": "left", "font": {"family": FONT, "size": 11}},
-        "margin": MARGIN,
-    }
-)  # fmt: skip
+TEMPLATE: dict[str, Any] = {
+    "font": {"family": FONT, "size": 11, "color": INK},
+    "title": {"font": {"size": 13}, "x": 0, "xref": "container", "xanchor": "left", "pad": {"l": 8}},
+    "paper_bgcolor": "white", "plot_bgcolor": "white", "colorway": COLOURS,
+    "xaxis": _AXIS, "yaxis": _AXIS,
+    "legend": {"font": {"size": 10}, "tracegroupgap": 2},
+    "hoverlabel": {"align": "left", "font": {"family": FONT, "size": 11}},
+    "margin": MARGIN,
+}  # fmt: skip
 
 
-def figure(title: str, alt: str, *, height: int = HEIGHT, **layout: Any) -> go.Figure:
+def figure(title: str, alt: str, *, height: int = HEIGHT) -> Canvas:
     """An empty figure in the one style. `alt` says in words what it shows; it is kept in `layout.meta["alt"]`."""
-    fig = go.Figure()
-    fig.update_layout(template=TEMPLATE, title={"text": title}, height=height, meta={"alt": alt}, **layout)
-    return fig
+    return Canvas({"title": {"text": title}, "height": height, "meta": {"alt": alt}})
 
 
 def safe(text: str, longest: int = 60) -> str:

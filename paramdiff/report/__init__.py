@@ -86,7 +86,7 @@ def page(results: runs.Results, title: str | None = None) -> str:
     states = {label: result for label, result in found.items() if isinstance(result, Moments)}
     if len(diffs) + len(states) != len(found):
         raise OptionError("A report is made of results of `compare` and `adam`.")
-    data: dict[str, Any] = {"template": style.TEMPLATE.to_plotly_json()}
+    data: dict[str, Any] = {"template": {"layout": style.TEMPLATE}}
     every = [_summary(diffs, states), *_comparisons(diffs), *_states(states), *_ending(found, data)]
     sections = [section for section in every if section.holds_something]
     for section in sections:

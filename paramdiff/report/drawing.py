@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import plotly.graph_objects as go
 import polars as pl
 
 from paramdiff import wording
@@ -16,6 +15,7 @@ from paramdiff.errors import OptionError
 from paramdiff.moments import Moments
 from paramdiff.plots import heat, histograms, profiles, quantities, runs, spectra, striped
 from paramdiff.plots import moments as adams
+from paramdiff.plots.canvas import Canvas
 from paramdiff.report import packing
 
 EXPERTS = ("sparsity", "sparsity_bf16", "rel_l2", "max_abs_delta", "energy_rank_99_percent", "top1_share")
@@ -35,10 +35,10 @@ class Group:
     menus: list[tuple[str, list[str]]] = field(default_factory=list)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, choices: list[tuple[str, str]], draw: Callable[..., go.Figure], *args: Any, **options: Any) -> None:
+    def add(self, choices: list[tuple[str, str]], draw: Callable[..., Canvas], *args: Any, **options: Any) -> None:
         """Draw a figure and note its choices, one for each menu. One that cannot be drawn for these is left out."""
         try:
-            fig = draw(*args, **options)
+            canvas = draw(*args, **options)
         except OptionError:  # nothing of this kind in this run
             return
         while JOIN.join(choice for _, choice in choices) in self.figures:  # two long names that were shortened alike
@@ -49,7 +49,7 @@ class Group:
                 self.menus.append((menu, []))
             if choice not in self.menus[position][1]:
                 self.menus[position][1].append(choice)
-        self.figures[JOIN.join(choice for _, choice in choices)] = packing.figure(fig)
+        self.figures[JOIN.join(choice for _, choice in choices)] = packing.figure(canvas)
 
     @property
     def alt(self) -> str:
@@ -69,18 +69,32 @@ def short(module: str) -> str:
 def together(diffs: dict[str, Diff]) -> list[Group]:
     """Several runs in one figure."""
     lines, cells, bins, sigmas = (Group(f"runs-{name}") for name in ("layers", "heat", "histograms", "spectra"))
-    for column in dict.fromkeys(column for diff in diffs.values() for column in columns(diff)):
-        label = quantities.quantity(column).label
-        have = {name: diff for name, diff in diffs.items() if column in columns(diff)}
-        lines.add([("Quantity", label)], profiles.layers, have, column)
+    subject = f"{len(diffs)} runs"
+    pooled = {
+        (label, table): (_cells(diff, table), quantities.rolled(diff, table, ["layer"]), names)
+        for label, diff in diffs.items()
+        for table, names, _ in _tables(diff)
+    }
+    for table, name in dict.fromkeys((table, name) for (_, table), (*_, names) in pooled.items() for name in names):
+        have = [label for label in diffs if name in pooled.get((label, table), (0, 0, ()))[2]]
+        what = quantities.quantity(name, pooled[have[0], table][0][name])
+        lines.add(
+            [("Quantity", what.label)], profiles.draw, {label: pooled[label, table][1] for label in have}, what, subject
+        )
         if len(have) > 1:
-            cells.add([("Quantity", label)], heat.heatmap, have, column)
+            frames = {label: pooled[label, table][0] for label in have}
+            cells.add([("Quantity", what.label)], heat.draw, frames, what, subject)
     for which, label in histograms.AXES.items():
         bins.add([("Histogram of", label)], histograms.histogram, diffs, which)
     spectral = {name: diff for name, diff in diffs.items() if "ranks" in diff.tables}
     if spectral:
         sigmas.add([], spectra.spectrum, spectral)
     return [group for group in (lines, cells, bins, sigmas) if group.figures]
+
+
+def _cells(diff: Diff, table: str) -> pl.DataFrame:
+    """A table by layer and module, in the order in which it is drawn."""
+    return heat.in_order(quantities.rolled(diff, table, ["layer", "module"]), diff.tables[table])
 
 
 def of_runs(diffs: dict[str, Diff]) -> dict[str, Group]:
@@ -90,8 +104,7 @@ def of_runs(diffs: dict[str, Diff]) -> dict[str, Group]:
         chosen = [("Run", label)] if len(diffs) > 1 else []
         named = {label: diff}
         for table, names, others in _tables(diff):
-            cells = quantities.rolled(diff, table, ["layer", "module"])
-            cells = heat.in_order(cells, diff.tables[table])
+            cells = _cells(diff, table)
             whole = quantities.rolled(diff, table, ["layer"])
             lines = {profiles.ALL: whole, **profiles.by_module(cells)}
             subject = runs.subject(named)
@@ -179,11 +192,6 @@ def one_side(result: Moments, side: str) -> Moments:
     as_first = pl.lit("first").alias("side")
     tables = {name: table.filter(pl.col("side") == side).with_columns(as_first) for name, table in result.tables.items()}
     return Moments(tables, {**result.run, "first": result.run[side], "second": None})
-
-
-def columns(diff: Diff) -> list[str]:
-    """The columns of a comparison that runs are set side by side by."""
-    return [name for _, names, _ in _tables(diff) for name in names]
 
 
 def _tables(diff: Diff) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -8,9 +8,9 @@ import json
 import math
 from typing import Any
 
-import plotly.graph_objects as go
 import polars as pl
 
+from paramdiff.plots.canvas import Canvas
 from paramdiff.wording import printable, shortened
 
 DIGITS = 6  # significant digits of a number in a table; counts are whole
@@ -27,11 +27,9 @@ def packed(data: Any) -> str:
     return base64.b64encode(gzip.compress(text.encode("utf-8", "surrogatepass"), 6, mtime=0)).decode()
 
 
-def figure(fig: go.Figure) -> dict[str, Any]:
-    """A figure as plain data, without its template, of which the page has one copy."""
-    bare = fig.to_plotly_json()
-    bare["layout"].pop("template", None)
-    return {"data": _plain(bare["data"]), "layout": _plain(bare["layout"])}
+def figure(canvas: Canvas) -> dict[str, Any]:
+    """A figure as plain data; its style is on the page once."""
+    return {"data": _plain(canvas.data), "layout": _plain(canvas.layout)}
 
 
 def column(values: pl.Series) -> list[Any]:
