@@ -33,6 +33,15 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
+def many(count: int, noun: str, plural: str | None = None) -> str:
+    """A count with its noun.
+
+    >>> many(1, "tensor"), many(2000, "tensor"), many(2, "matrix", "matrices")
+    ('1 tensor', '2,000 tensors', '2 matrices')
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def shortened(text: str, longest: int = 60) -> str:
     """Text that is too long to be shown, with its middle left out.
 

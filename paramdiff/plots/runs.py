@@ -8,7 +8,7 @@ from typing import Any
 from paramdiff.diff import Diff
 from paramdiff.errors import OptionError
 from paramdiff.moments import Moments
-from paramdiff.wording import labels, unique
+from paramdiff.wording import labels, printable, shortened, unique
 
 Result = Diff | Moments
 Results = Result | Sequence[Result] | Mapping[str, Result]
@@ -20,7 +20,8 @@ def named(results: Results) -> dict[str, Any]:
     Raises `OptionError` for none.
     """
     if isinstance(results, Mapping):
-        found = {str(label): result for label, result in results.items()}
+        names = unique([shortened(printable(str(label)), 40) for label in results])
+        found = dict(zip(names, results.values(), strict=True))
     else:
         listed: list[Any] = list(results) if isinstance(results, list | tuple) else [results]
         if not all(isinstance(result, Diff | Moments) for result in listed):

@@ -184,8 +184,10 @@ def _rendered(sections: Sequence[Section], data: dict[str, Any], title: str, sub
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts.values()
     )
+    environment.filters["together"] = lambda text: text.replace(" %", "\u00a0%")  # a number and its sign on one line
     return environment.from_string(template).render(
         sections=sections,
+        titles={section.id: section.title for section in sections},
         title=shortened(printable(title), 300),
         subtitle=subtitle,
         version=__version__,

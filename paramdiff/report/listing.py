@@ -10,6 +10,7 @@ import polars as pl
 from paramdiff import wording
 from paramdiff.diff import Diff
 from paramdiff.moments import Moments
+from paramdiff.optimizers import plan
 from paramdiff.pairing import REASONS
 from paramdiff.plots import quantities
 from paramdiff.report import packing, verdict
@@ -37,13 +38,13 @@ def overall(diffs: dict[str, Diff]) -> Table:
     for place, diff in enumerate(diffs.values()):
         total = diff.by().row(0, named=True)
         n = total["numel"]
-        told = {"parameters compared": f"{n:,} in {total['tensors']:,} tensors"}
+        told = {"parameters compared": f"{n:,} in {wording.many(total['tensors'], 'tensor')}"}
         notions = {"changed in value": "changed", "in stored bits": "changed_bits", "after rounding to bf16": "changed_bf16"}
         compat = diff.run["options"]["compat"]
         notions |= {f"{compat or '|Δ|'} > {name[6:-1]}": name for name in total if name.startswith("above[")}
         for label, name in notions.items():
-            known = total[name] is not None and n
-            told[label] = f"{total[name]:,} ({percent(total[name] / n)})" if known else "– (the types differ)"
+            undefined = "– (the types differ)" if total[name] is None else "–"
+            told[label] = f"{total[name]:,} ({percent(total[name] / n)})" if total[name] is not None and n else undefined
         told["sparsity, the unchanged share"] = percent(total["sparsity"])
         if total.get("l2_delta") is not None:
             told |= {"‖Δ‖ / ‖base‖": number(total["rel_l2"]), "largest |Δ|": number(total["max_abs_delta"])}
@@ -83,13 +84,13 @@ def ranks(label: str, diff: Diff) -> Table:
         table.append(
             [wording.shortened(wording.printable(name)), f"{known:,}", *cells, *medians, number(row["sigma_1_max"])]
         )
-    more = (
-        f" The first {MOST} modules of {len(order)}; all matrices are in the table of tensors." if len(order) > MOST else ""
-    )
-    title = (
-        f"Rank by module, % of full rank (stable and entropy rank, σ₁/‖Δ‖_F: medians){': ' + label if label else ''}.{more}"
-    )
+    of = f": {label}" if label else ""
+    title = f"Rank by module, % of full rank (stable and entropy rank, σ₁/‖Δ‖_F: medians){of}{_cut(len(order))}"
     return Table(title, heads, table)
+
+
+def _cut(modules: int) -> str:
+    return f". The first {MOST} modules of {modules}; what --out writes has all." if modules > MOST else ""
 
 
 def subspaces(label: str, diff: Diff) -> Table:
@@ -105,15 +106,17 @@ def subspaces(label: str, diff: Diff) -> Table:
         "on low-magnitude",
         "chance",
     ]
-    rows = [row for row in diff.subspaces_by("module").to_dicts() if row["k"] is not None]
+    order = quantities.modules(diff.subspaces)
+    rows = [row for row in diff.subspaces_by("module").to_dicts() if row["k"] is not None and row["module"] in order[:MOST]]
     table = []
-    for row in rows[: 2 * MOST]:
+    for row in sorted(rows, key=lambda row: (order.index(row["module"]), row["k"])):
         angles = [_degrees(row[f"angle_{side}_max_median"]) for side in "uv"]
         overlaps = [percent(row[name]) for name in ("principal_overlap", "low_overlap", "chance")]
         name = wording.shortened(wording.printable(row["module"]))
         known = row["matrices"] - row["left_out"]
         table.append([name, str(row["k"]), f"{known:,}", *angles, number(row["nss_mean"]), *overlaps])
     title = "Leading directions by module (largest principal angle: median over matrices)" + (f": {label}" if label else "")
+    title += _cut(len(order))
     return Table(title, heads, table)
 
 
@@ -149,7 +152,7 @@ def tensors(diff: Diff) -> dict[str, Any]:
     """One row per compared tensor, packed: names, sizes, counts, norms, ranks."""
     frame = diff.tensors
     listed = [
-        ("name", "tensor", "text"), ("layer", "layer", "count"), ("module", "module", "text"), ("kind", "kind", "text"),
+        ("name", "tensor", "text"), ("layer", "layer", "whole"), ("module", "module", "text"), ("kind", "kind", "text"),
         ("shape", "shape", "text"), ("numel", "parameters", "count"), ("changed", "changed", "count"),
         ("share", "changed, %", "share"), ("share_bf16", "in bf16, %", "share"),
     ]  # fmt: skip
@@ -161,7 +164,7 @@ def tensors(diff: Diff) -> dict[str, Any]:
     frame = frame.with_columns((pl.col(count) / filled).alias(share) for share, count in shares.items())
     listed += [
         ("rel_l2", "‖Δ‖/‖base‖", "number"), ("max_abs_delta", "largest |Δ|", "number"),
-        ("mean_abs_delta", "mean |Δ|", "number"), ("cosine", "cosine", "number"),
+        ("mean_abs_delta", "mean |Δ|", "number"), ("cosine", "cosine", "fine"),
         ("top1pct_rows_share", "in top 1 % rows", "share"),
         ("top1pct_cols_share", "in top 1 % columns", "share"),
     ]  # fmt: skip
@@ -208,7 +211,7 @@ QUIET = (
 
 def coverage(result: Diff | Moments) -> dict[str, Any]:
     """What was not compared, and why, packed."""
-    said = pl.col("reason").replace(REASONS)
+    said = pl.col("reason").replace(REASONS if isinstance(result, Diff) else plan.REASONS)
     frame = result.coverage.with_columns(said)
     listed = [
         ("name", "tensor", "text"), ("side", "side", "text"), ("reason", "reason", "text"), ("detail", "detail", "text"),

@@ -46,7 +46,10 @@ def column(values: pl.Series) -> list[Any]:
 def _number(value: float | None) -> float | str | None:
     if value is None:
         return None
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else str(value)
+    if not math.isfinite(value):
+        return str(value)
+    short = float(f"{value:.{DIGITS}g}")
+    return round(value, 12) if 0.99 < value < 1 or short == 1 != value else short  # a share that is not quite all
 
 
 def _plain(value: Any) -> Any:

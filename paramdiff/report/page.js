@@ -34,6 +34,8 @@ async function draw(figure) {
     plot.className = "plot";
     caption.textContent = "Not measured here. Choose something else from the menus.";
     plot.style.height = "auto";
+    plot.setAttribute("aria-label", caption.textContent);
+    figure.dataset.drawn = key;
     return;
   }
   const layout = { ...structuredClone(chosen.layout), template: (await unpack("template")), autosize: true };
@@ -77,6 +79,8 @@ async function remaining() {
 // ---- tables -----------------------------------------------------------------------------------------------------------------
 
 const SHOWN = {
+  whole: (v) => (v === null ? "–" : String(v)),
+  fine: (v) => (v === null ? "–" : typeof v === "string" ? v : String(v)),
   text: (v) => (v === null ? "" : String(v)),
   count: (v) => (v === null ? "–" : v.toLocaleString("en-US")),
   number: (v) => (v === null ? "–" : typeof v === "string" ? v : v === 0 ? "0" : short(v)),

@@ -11,9 +11,10 @@ from paramdiff import published, tables
 from paramdiff.diff import Diff
 from paramdiff.moments import Moments
 from paramdiff.pairing import CODES
-from paramdiff.wording import number, percent, printable, shortened
+from paramdiff.wording import many, number, percent, printable, shortened
 
 SUPERVISED = ("SFT",)
+NEAR = 5e-5  # half of the last digit that papers print
 STRIPED = 3.0  # times an even spread, from which on changes are said to gather
 TOLERANCE = 1e-5  # the one that papers print most numbers for
 
@@ -51,7 +52,7 @@ def counted(diff: Diff) -> pl.DataFrame:
 
 def _nothing(diff: Diff, total: dict[str, Any]) -> Finding:
     """No value changed; which is not to say that the checkpoints are the same."""
-    same = f"All {total['numel']:,} parameters in {total['tensors']:,} tensors have the same values"
+    same = f"All {total['numel']:,} parameters in {many(total['tensors'], 'tensor')} have the same values"
     if total["changed_bits"]:
         same += f", of which {total['changed_bits']:,} are stored with other bits (±0, or another NaN)"
     whole = not diff.coverage.height and not total["changed_bits"]
@@ -62,6 +63,11 @@ def _nothing(diff: Diff, total: dict[str, Any]) -> Finding:
 def _how_much(total: dict[str, Any], compat: str | None) -> Finding:
     changed, n = total["changed"], total["numel"]
     claim = f"Training changed {percent(changed / n)} of the parameters; {percent(total['sparsity'])} kept their value."
+    bf16 = total["changed_bf16"]
+    if bf16 is not None and bf16 < changed / 2:  # most of it is finer than bf16, as of float32 weights beside their export
+        claim = (
+            f"Training changed {percent(changed / n)} of the parameters, and {percent(bf16 / n)} as bf16 would show them."
+        )
     evidence = f"{changed:,} of {n:,}"
     above = "above" if compat is None else f"as the script of {compat} counts: above"
     if total["changed_bf16"] is not None and total["changed_bf16"] != changed:
@@ -88,7 +94,7 @@ def _beside_papers(diff: Diff, total: dict[str, Any]) -> list[Finding]:
         if entries:
             low, high = min(e.sparsity for e in entries), max(e.sparsity for e in entries)
             parts.append(f"{name} {percent(low)} to {percent(high)} ({len(entries)} pairs)")
-            if low <= share <= high:
+            if low - NEAR <= share <= high + NEAR:
                 inside.append(name)
     same = [e for e in known if e.is_on_hub and (e.base, e.tuned) == _repositories(diff)]
     claim = f"Papers report {percent(same[0].sparsity)} for this very pair." if same else ""
@@ -113,7 +119,9 @@ def _where(diff: Diff) -> Finding:
     untouched = tensors.filter(pl.col("changed") == 0).height
     (low, least), (high, most) = modules[0], modules[-1]
     least, most = (shortened(printable(name)) for name in (least, most))
-    claim = f"Most changed is {most} ({percent(high)}), least {least} ({percent(low)})."
+    alike = sum(density == low for density, _ in modules)
+    others = f" and {many(alike - 1, 'other')}" if alike > 1 else ""
+    claim = f"Most changed is {most} ({percent(high)}), least {least}{others} ({percent(low)})."
     if len(modules) == 1:
         claim = f"All of it is in one module, {most}."
     elif low == high:
@@ -123,7 +131,7 @@ def _where(diff: Diff) -> Finding:
         (a, first), (b, last) = layers[0], layers[-1]
         even = "fairly even" if a and b / a < 1.5 else "uneven"
         parts.append(f"Along the layers it is {even}: {percent(a)} in layer {first} to {percent(b)} in layer {last}")
-    parts.append(f"{untouched:,} of {tensors.height:,} tensors did not change at all")
+    parts.append(f"{untouched:,} of {many(tensors.height, 'tensor')} did not change at all")
     return Finding(claim, "; ".join(parts) + ".", "heat")
 
 
@@ -181,7 +189,7 @@ def _rank(diff: Diff) -> list[Finding]:
         claim = f"The update is of middling rank: 99 % of its energy takes {energy:.3g} % of the directions."
     else:
         claim = f"The update is of low rank: 99 % of its energy takes {energy:.3g} % of the directions."
-    evidence = f"{moved.height:,} of {known.height:,} matrices changed"
+    evidence = f"{moved.height:,} of {many(known.height, 'matrix', 'matrices')} changed"
     if numeric is not None:
         evidence += f"; numeric rank {numeric:.4g} % of full (rounding alone makes updates numerically full-rank)"
     if total["top1_share_median"] is not None:
@@ -236,15 +244,20 @@ def _trust(diff: Diff, total: dict[str, Any]) -> list[Finding]:
         said = (
             f"{total['nonfinite_base']:,} in the base, {total['nonfinite_tuned']:,} in the tuned side; norms leave them out."
         )
-        found.append(Finding(f"{nonfinite:,} elements are NaN or infinite.", said, "tensors"))
-    left = diff.coverage.height
+        found.append(Finding(f"{many(nonfinite, 'element')} {_be(nonfinite)} NaN or infinite.", said, "tensors"))
+    left = diff.coverage["name"].n_unique()  # a tensor that both sides have is there once for each
     if left:
-        reasons = diff.coverage.group_by("reason", maintain_order=True).len().rows()
+        reasons = diff.coverage.group_by("reason", maintain_order=True).agg(pl.col("name").n_unique()).rows()
         said = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in reasons)
-        found.append(Finding(f"{left:,} tensors were not compared, or not wholly.", f"{said}.", "coverage"))
+        was = "was" if left == 1 else "were"
+        found.append(Finding(f"{many(left, 'tensor')} {was} not compared, or not wholly.", f"{said}.", "coverage"))
     if diff.run["warnings"]:
         found.append(Finding("There were warnings.", " ".join(diff.run["warnings"]), "provenance"))
     return found
+
+
+def _be(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def of_moments(result: Moments) -> list[Finding]:
