@@ -12,10 +12,10 @@ demo: $(READY)  ## compare two real checkpoints of sample_data
 	$(BIN)/paramdiff report sample_data/base sample_data/rl-sgd sample_data/sft --tol 1e-5 -o out/demo.html
 
 test: $(READY) lint types  ## everything that CI runs
-	$(BIN)/pytest --doctest-modules $(FIRST) --cov --cov-report=term:skip-covered
+	$(BIN)/pytest -n auto --doctest-modules $(FIRST) --cov --cov-report=term:skip-covered
 
 check: $(READY) lint types  ## the quick part of it, under three minutes
-	$(BIN)/pytest --doctest-modules $(FIRST) -q -m "not slow"
+	$(BIN)/pytest -n auto --doctest-modules $(FIRST) -q -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
