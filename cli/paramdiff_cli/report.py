@@ -72,20 +72,13 @@ def report(
     from paramdiff.errors import OptionError
     from paramdiff.output import is_result
 
-    if Path(output).suffix.lower() not in (".html", ".htm"):
+    if Path(output).suffix.lower() not in (".html", ".htm") or Path(output).is_dir():
         raise OptionError(f"{output[:80]}: a report is a page.", hint="Name it .html.")
     saved = [is_result(ref) for ref in refs]
     results: list[Diff | Moments]
     if all(saved):
-        given = {
-            "--tol": tol,
-            "--include": include,
-            "--exclude": exclude,
-            "--map": renames,
-            "--out": out,
-            "--measures": measures,
-        }
-        asked = next((name for name, value in given.items() if value), None)
+        given = (("--tol", tol), ("--include", include), ("--exclude", exclude), ("--map", renames), ("--out", out))
+        asked = next((name for name, value in (*given, ("--measures", measures)) if value), None)
         if asked is not None:
             raise OptionError(f"{asked} is for checkpoints, and {refs[0][:80]} has been measured.", hint="Leave it out.")
         results = [paramdiff.load(ref) for ref in refs]

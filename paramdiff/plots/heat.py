@@ -133,10 +133,8 @@ def _ticks(low: float, high: float, *, clipped: bool, share: bool) -> tuple[list
     if clipped:
         first, apart = math.log10(low), 0.08 * math.log10(high / low)
         kept = [(power, label) for power, label in zip(at, text, strict=True) if power > first + apart]
-        at, text = (
-            [first, *(power for power, _ in kept)],
-            [f"≤ {style.tick(low, share=share)}", *(label for _, label in kept)],
-        )
+        at = [first, *(power for power, _ in kept)]
+        text = [f"≤ {style.tick(low, share=share)}", *(label for _, label in kept)]
     return at, text
 
 
@@ -233,7 +231,7 @@ def _axes(
     if len(frames) > 1:
         fig.add_annotation(
             text=f"<b>{style.safe(label)}</b>", xref="paper", yref="paper", x=0, y=domain[1], xanchor="left",
-            yanchor="bottom",             showarrow=False,
+            yanchor="bottom", showarrow=False,
         )  # fmt: skip
 
 

@@ -50,12 +50,14 @@ class Quantity:
 
     def said(self, value: float | None) -> str:
         """A value in words."""
+        if value is None:
+            return "–"
         if self.scale == SHARE:
             return percent(value)
         if self.scale == PERCENT:
-            return "–" if value is None else f"{value:.3g} %"
-        if value is None or (abs(value) >= 1000 and value.is_integer()):
-            return "–" if value is None else f"{value:,.0f}"
+            return f"{value:.3g} %"
+        if abs(value) >= 1000 and value.is_integer():
+            return f"{value:,.0f}"
         return f"{value:.{self.digits}g}" + (f" {self.unit}" if self.unit else "")
 
     @property

@@ -12,7 +12,6 @@ from typing import Any
 
 from paramdiff import __version__
 from paramdiff.diff import Diff
-from paramdiff.errors import OptionError
 from paramdiff.moments import Moments
 from paramdiff.output import write_aside
 from paramdiff.plots import runs, style
@@ -84,8 +83,6 @@ def page(results: runs.Results, title: str | None = None) -> str:
     found = runs.named(results)
     diffs = {label: result for label, result in found.items() if isinstance(result, Diff)}
     states = {label: result for label, result in found.items() if isinstance(result, Moments)}
-    if len(diffs) + len(states) != len(found):
-        raise OptionError("A report is made of results of `compare` and `adam`.")
     data: dict[str, Any] = {"template": {"layout": style.TEMPLATE}}
     every = [_summary(diffs, states), *_comparisons(diffs), *_states(states), *_ending(found, data)]
     sections = [section for section in every if section.holds_something]
@@ -131,11 +128,8 @@ def _comparisons(diffs: dict[str, Diff]) -> list[Section]:
 def _states(states: dict[str, Moments]) -> list[Section]:
     if not states:
         return []
-    return [
-        Section(
-            "adam", "What the optimizer did", tables=[listing.moments(runs.sides(states))], groups=drawing.of_moments(states)
-        )
-    ]
+    tables = [listing.moments(runs.sides(states))]
+    return [Section("adam", "What the optimizer did", tables=tables, groups=drawing.of_moments(states))]
 
 
 def _ending(found: dict[str, Any], data: dict[str, Any]) -> list[Section]:

@@ -65,13 +65,11 @@ def _how_much(total: dict[str, Any], compat: str | None) -> Finding:
     claim = f"Training changed {percent(changed / n)} of the parameters; {percent(total['sparsity'])} kept their value."
     bf16 = total["changed_bf16"]
     if bf16 is not None and bf16 < changed / 2:  # most of it is finer than bf16, as of float32 weights beside their export
-        claim = (
-            f"Training changed {percent(changed / n)} of the parameters, and {percent(bf16 / n)} as bf16 would show them."
-        )
+        claim = f"Training changed {percent(changed / n)} of the parameters, {percent(bf16 / n)} as bf16 would show it."
     evidence = f"{changed:,} of {n:,}"
     above = "above" if compat is None else f"as the script of {compat} counts: above"
-    if total["changed_bf16"] is not None and total["changed_bf16"] != changed:
-        evidence += f"; after rounding to bf16 {total['changed_bf16']:,} differ ({percent(total['changed_bf16'] / n)})"
+    if bf16 is not None and bf16 != changed:
+        evidence += f"; after rounding to bf16 {bf16:,} differ ({percent(bf16 / n)})"
     for name in [name for name in total if name.startswith("above[")]:
         evidence += f"; {above} {name[6:-1]} {total[name]:,} ({percent(total[name] / n)})"
     return Finding(claim, evidence + ".", "overall")
@@ -244,7 +242,8 @@ def _trust(diff: Diff, total: dict[str, Any]) -> list[Finding]:
         said = (
             f"{total['nonfinite_base']:,} in the base, {total['nonfinite_tuned']:,} in the tuned side; norms leave them out."
         )
-        found.append(Finding(f"{many(nonfinite, 'element')} {_be(nonfinite)} NaN or infinite.", said, "tensors"))
+        be = "is" if nonfinite == 1 else "are"
+        found.append(Finding(f"{many(nonfinite, 'element')} {be} NaN or infinite.", said, "tensors"))
     left = diff.coverage["name"].n_unique()  # a tensor that both sides have is there once for each
     if left:
         reasons = diff.coverage.group_by("reason", maintain_order=True).agg(pl.col("name").n_unique()).rows()
@@ -254,10 +253,6 @@ def _trust(diff: Diff, total: dict[str, Any]) -> list[Finding]:
     if diff.run["warnings"]:
         found.append(Finding("There were warnings.", " ".join(diff.run["warnings"]), "provenance"))
     return found
-
-
-def _be(count: int) -> str:
-    return "is" if count == 1 else "are"
 
 
 def of_moments(result: Moments) -> list[Finding]:

@@ -84,7 +84,7 @@ def test_how_much_changed(run: str) -> None:
 
 def test_the_count_in_bf16_is_told_where_it_differs() -> None:
     found = paramdiff.compare(SAMPLES / "rl-adamw-fp32", SAMPLES / "rl-adamw")
-    item = told(verdict.findings(found), "overall", "as bf16 would show them")
+    item = told(verdict.findings(found), "overall", "as bf16 would show it")
     a, b = stored(SAMPLES / "rl-adamw-fp32"), stored(SAMPLES / "rl-adamw")
     changed = sum(int((a[name] != b[name]).sum()) for name in a)
     rounded = 0
