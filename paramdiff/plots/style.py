@@ -106,9 +106,10 @@ def tick(value: float, *, share: bool = False) -> str:
     amount = value * 100 if share else value
     text = f"{amount:.3g}"
     if "e" not in text and 0 < abs(amount) < 1e-3:
-        text = f"{amount:.0e}"
+        text = f"{amount:.2e}"
     if "e" in text:
         digits, power = text.split("e")
+        digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
         text = f"{digits}e{int(power)}"
     return f"{text} %" if share else text
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
+
+pytest.register_assert_rewrite("tests.report.helpers")
 
 SAMPLES = Path(__file__).parents[2] / "sample_data"
 RUNS = ("rl-sgd", "rl-adamw", "sft")
