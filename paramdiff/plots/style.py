@@ -14,7 +14,7 @@ from typing import Any
 from paramdiff.plots.canvas import Canvas
 from paramdiff.wording import printable, shortened
 
-INK, FAINT, NOTHING = "#222222", "#dddddd", "#c9c9c9"
+INK, NOTHING = "#222222", "#c9c9c9"
 COLOURS = ("#332288", "#cc6677", "#117733", "#ddaa33", "#88ccee", "#882255", "#44aa99", "#999933", "#aa4499", "#555555")
 DASHES = ("solid", "dash", "dot", "dashdot")
 SEQUENTIAL, SIGNED = "Cividis", "PuOr"

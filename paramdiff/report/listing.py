@@ -63,15 +63,8 @@ def _cosine(value: float | None) -> str:
 
 def ranks(label: str, diff: Diff) -> Table:
     """Every definition of rank, by module, as % of full; and over all matrices."""
-    heads = [
-        "module",
-        "matrices",
-        *(text for _, text in DEFINITIONS),
-        "stable rank",
-        "entropy rank",
-        "σ₁/‖Δ‖_F",
-        "largest σ₁",
-    ]
+    heads = ["module", "matrices", *(text for _, text in DEFINITIONS)]
+    heads += ["stable rank", "entropy rank", "σ₁/‖Δ‖_F", "largest σ₁"]
     by_module = {row["module"]: row for row in diff.ranks_by("module").to_dicts()}
     order = [module for module in quantities.modules(diff.ranks) if module in by_module]
     rows = [("all", diff.ranks_by().row(0, named=True)), *((module, by_module[module]) for module in order[:MOST])]
@@ -95,17 +88,8 @@ def _cut(modules: int) -> str:
 
 def subspaces(label: str, diff: Diff) -> Table:
     """Angles and overlaps by module and k."""
-    heads = [
-        "module",
-        "k",
-        "matrices",
-        "angle, left",
-        "angle, right",
-        "NSS",
-        "on principal weights",
-        "on low-magnitude",
-        "chance",
-    ]
+    heads = ["module", "k", "matrices", "angle, left", "angle, right", "NSS"]
+    heads += ["on principal weights", "on low-magnitude", "chance"]
     order = quantities.modules(diff.subspaces)
     rows = [row for row in diff.subspaces_by("module").to_dicts() if row["k"] is not None and row["module"] in order[:MOST]]
     table = []
@@ -182,31 +166,16 @@ def tensors(diff: Diff) -> dict[str, Any]:
     ]
     known = set(QUIET) | {name for name, *_ in listed} | set(shares.values())
     frame = frame.with_columns((pl.col("nonfinite_base") + pl.col("nonfinite_tuned")).alias("nonfinite"))
-    own = [
-        n
-        for n, kind in frame.schema.items()
-        if n in quantities.drawable(diff, "tensors") and n not in known and kind.is_numeric()
-    ]
-    listed += [(name, name, "number") for name in own if not name.startswith("sparsity")]
+    own = [name for name in quantities.drawable(diff, "tensors") if name not in known and not name.startswith("sparsity")]
+    listed += [(name, name, "number") for name in own]
     return _packed(frame, [entry for entry in listed if entry[0] in frame.columns])
 
 
+# columns of a tensor that the page leaves to tensors.parquet
 QUIET = (
-    "changed_bits",
-    "sign_flips",
-    "nonfinite_base",
-    "nonfinite_tuned",
-    "finite",
-    "l2_base",
-    "l2_tuned",
-    "l2_delta",
-    "mean_delta",
-    "dot",
-    "rows",
-    "cols",
-    "rows_touched",
-    "cols_touched",
-)  # fmt: skip - columns of a tensor that the page leaves to tensors.parquet
+    "changed_bits", "sign_flips", "nonfinite_base", "nonfinite_tuned", "finite", "l2_base", "l2_tuned", "l2_delta", "mean_delta",
+    "dot", "rows", "cols", "rows_touched", "cols_touched",
+)  # fmt: skip
 
 
 def coverage(result: Diff | Moments) -> dict[str, Any]:
