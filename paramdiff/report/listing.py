@@ -173,8 +173,8 @@ def tensors(diff: Diff) -> dict[str, Any]:
 
 # columns of a tensor that the page leaves to tensors.parquet
 QUIET = (
-    "changed_bits", "sign_flips", "nonfinite_base", "nonfinite_tuned", "finite", "l2_base", "l2_tuned", "l2_delta", "mean_delta",
-    "dot", "rows", "cols", "rows_touched", "cols_touched",
+    "changed_bits", "sign_flips", "nonfinite_base", "nonfinite_tuned", "finite", "l2_base", "l2_tuned", "l2_delta",
+    "mean_delta", "dot", "rows", "cols", "rows_touched", "cols_touched",
 )  # fmt: skip
 
 
