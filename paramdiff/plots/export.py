@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from html import escape, unescape
 from os import PathLike, fspath
 from pathlib import Path
@@ -110,6 +112,17 @@ def _wrapped(title: str) -> str:
     return title.replace(": ", "<br>", 1)
 
 
+def _named_by_content(svg: bytes) -> bytes:
+    """The same SVG each time: plotly puts random numbers into its ids, which have to differ between figures on one page."""
+    for number, trace in enumerate(dict.fromkeys(re.findall(rb"\btrace([0-9a-f]{6})\b", svg))):
+        svg = svg.replace(b"trace" + trace, b"trace%06x" % number)
+    found = re.search(rb'id="defs-([0-9a-f]{6})"', svg)
+    if found is None:
+        return svg
+    without = svg.replace(found[1], b"")
+    return svg.replace(found[1], hashlib.sha256(without).hexdigest()[:6].encode())
+
+
 def picture(fig: go.Figure, kind: str, pixels: int) -> bytes:
     """A figure as a PNG, SVG or PDF. Raises `OptionError` where that cannot be drawn here."""
     try:
@@ -119,7 +132,8 @@ def picture(fig: go.Figure, kind: str, pixels: int) -> bytes:
     shown = sized(fig, pixels)
     try:
         scale = SHARPNESS if kind == "png" else 1
-        return bytes(shown.to_image(format=kind, width=pixels, height=shown.layout.height, scale=scale))
+        drawn = bytes(shown.to_image(format=kind, width=pixels, height=shown.layout.height, scale=scale))
+        return _named_by_content(drawn) if kind == "svg" else drawn
     except Exception as error:
         if type(error).__name__ not in ("ChromeNotFoundError", "BrowserFailedError", "BrowserClosedError", "RuntimeError"):
             raise

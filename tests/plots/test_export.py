@@ -252,3 +252,17 @@ def test_a_long_name_in_another_script(fig: go.Figure, tmp_path: Path) -> None:
     assert len(os.fsencode(name)) <= 255
     plots.save(fig, tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_same_figure_is_the_same_svg_and_another_has_other_ids(fig: go.Figure, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        plots.save(fig, tmp_path / f"{name}.svg")
+    other = go.Figure(fig).update_layout(title={"text": "another"})
+    plots.save(other, tmp_path / "c.svg")
+    a, b, c = ((tmp_path / f"{name}.svg").read_text() for name in "abc")
+    assert a == b
+    ids = [set(re.findall(r'\bid="([^"]+)"', text)) for text in (a, c)]
+    assert ids[0]
+    assert not ids[0] & ids[1]
