@@ -69,11 +69,13 @@ def report(
     """
     import paramdiff
     from paramdiff import wording
-    from paramdiff.errors import OptionError
+    from paramdiff.errors import OptionError, OutputError
     from paramdiff.output import is_result
 
-    if Path(output).suffix.lower() not in (".html", ".htm") or Path(output).is_dir():
+    if Path(output).suffix.lower() not in (".html", ".htm"):
         raise OptionError(f"{output[:80]}: a report is a page.", hint="Name it .html.")
+    if Path(output).is_dir():  # to be said before anything is measured
+        raise OutputError(f"Cannot write {output}: Is a directory.", hint="Nothing there was changed.")
     saved = [is_result(ref) for ref in refs]
     results: list[Diff | Moments]
     if all(saved):
