@@ -138,6 +138,11 @@ class Diff:
         """The rows of weights, without those that compare the codes of quantised ones."""
         return self.tensors.filter(pl.col("pairing_rule") != CODES)
 
+    @property
+    def counted(self) -> pl.DataFrame:
+        """The rows that totals are of: without tied duplicates, and without those of codes."""
+        return self._weights.filter(pl.col("duplicate_of").is_null())
+
     def _codes(self) -> dict[str, Any]:
         """How many codes of quantised weights changed; nothing where no two sides were stored in one format."""
         rows = self.tensors.filter(pl.col("pairing_rule") == CODES)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_forward_module.")
 LEADING_WRAPPERS = ("module.",)  # DistributedDataParallel, DeepSpeed; only in front, where no model's own name has it
 
+KINDS = ("embedding", "attention", "mlp", "norm", "head", "other")  # in the order in which they are told
 PARAMETER_SUFFIXES = {"weight", "bias", "gamma", "beta", "scale", "weight_scale", "weight_scale_inv"}
 HEADS = {"lm_head", "embed_out", "score", "classifier", "v_head", "value_head", "output"}
 EMBEDDINGS = {"embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "position_embeddings", "token_type_embeddings"}

@@ -10,13 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from paramdiff import wording
+from paramdiff.names import KINDS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from paramdiff import Diff
 
-KINDS = ("embedding", "attention", "mlp", "norm", "head", "other")
 NOTIONS = (
     ("changed", "sparsity", "in value"),
     ("changed_bits", "sparsity_bits", "in stored bits"),

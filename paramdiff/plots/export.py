@@ -135,7 +135,8 @@ def picture(fig: go.Figure, kind: str, pixels: int) -> bytes:
         drawn = bytes(shown.to_image(format=kind, width=pixels, height=shown.layout.height, scale=scale))
         return _named_by_content(drawn) if kind == "svg" else drawn
     except Exception as error:
-        if type(error).__name__ not in ("ChromeNotFoundError", "BrowserFailedError", "BrowserClosedError", "RuntimeError"):
+        missing = type(error).__name__ in ("ChromeNotFoundError", "BrowserFailedError", "BrowserClosedError")
+        if not missing and not (isinstance(error, RuntimeError) and "Chrome" in str(error)):
             raise
         raise OptionError(
             "kaleido found no Chrome or Chromium that it can draw with.",

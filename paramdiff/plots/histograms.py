@@ -7,7 +7,7 @@ import math
 import polars as pl
 
 from paramdiff.errors import OptionError
-from paramdiff.pairing import CODES
+from paramdiff.names import KINDS
 from paramdiff.plots import quantities, runs, style
 from paramdiff.plots.canvas import Canvas
 from paramdiff.wording import percent
@@ -53,9 +53,8 @@ def histogram(results: runs.Results, which: str = DELTA, *, by: str | None = "ki
     for label, diff in found.items():
         if "histograms" not in diff.tables:
             raise OptionError("This comparison has no histograms.", hint='Compare with measures=["change", "magnitude"].')
-        weights = diff.tensors.filter(pl.col("duplicate_of").is_null() & (pl.col("pairing_rule") != CODES))
         own = diff.tables["histograms"].filter(pl.col("histogram") == which)
-        lines |= grouped(own, weights, which, by if len(found) == 1 else None, label)
+        lines |= grouped(own, diff.counted, which, by if len(found) == 1 else None, label)
     if not lines:
         raise OptionError(f"No tensor has a histogram of {which}.", hint=MISSING[which])
     return draw(lines, which, runs.subject(found))
@@ -73,7 +72,7 @@ def grouped(
         bins.join(placed, on="name").group_by("group", "lower", "upper").agg(pl.col("count").sum()).sort("lower", "upper")
     )
     sizes = dict(placed.group_by("group").agg(pl.col("numel").sum()).rows())
-    order = quantities.modules(weights) if by == "module" else quantities.KINDS if by == "kind" else [label]
+    order = quantities.modules(weights) if by == "module" else KINDS if by == "kind" else [label]
     parts = {str(group): frame for (group,), frame in added.group_by("group", maintain_order=True)}
     return {group: (parts[group], int(sizes[group])) for group in order if group in parts}
 
@@ -83,13 +82,13 @@ def draw(lines: dict[str, tuple[pl.DataFrame, int]], which: str, subject: str) -
     names = {ULP: "Distance in ulps", DELTA: "Size of the change", RELATIVE: "Size of the change beside the weight"}
     fig = style.figure(f"{names[which]}: {style.safe(subject)}", _alt(lines, which))
     shares = [count / of for frame, of in lines.values() for count in frame["count"] if count]
-    (_ulps if which == ULP else _powers)(fig, lines, which)
+    (_ulps if which == ULP else _powers)(fig, lines)
     axis = {"title": {"text": "share of elements"}, **style.log_axis(shares or [1.0], share=True)}
     fig.update(xaxis={"title": {"text": AXES[which]}}, yaxis=axis)
     return fig
 
 
-def _ulps(fig: Canvas, lines: dict[str, tuple[pl.DataFrame, int]], which: str) -> None:
+def _ulps(fig: Canvas, lines: dict[str, tuple[pl.DataFrame, int]]) -> None:
     edges = _all_ulps([upper for frame, _ in lines.values() for upper in frame["upper"]])
     texts = [_ulp(lower, upper) for lower, upper in edges]
     for number, (label, (frame, of)) in enumerate(lines.items()):
@@ -134,7 +133,7 @@ def _thousands(value: float) -> str:
     return "2" + str(round(math.log2(value))).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def _powers(fig: Canvas, lines: dict[str, tuple[pl.DataFrame, int]], which: str) -> None:
+def _powers(fig: Canvas, lines: dict[str, tuple[pl.DataFrame, int]]) -> None:
     ends = []
     for number, (label, (frame, of)) in enumerate(lines.items()):
         rows = _with_gaps(_bounded(frame))

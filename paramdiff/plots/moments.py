@@ -7,6 +7,7 @@ import polars as pl
 
 from paramdiff.errors import OptionError
 from paramdiff.moments import Moments
+from paramdiff.names import KINDS
 from paramdiff.plots import quantities, runs, style
 from paramdiff.plots.canvas import Canvas
 from paramdiff.wording import number, percent
@@ -78,7 +79,7 @@ def spreads(found: dict[str, tuple[Moments, str]], which: str, by: str) -> dict[
         added = inside.group_by("group", at.alias("at")).agg(pl.col("count").sum()).sort("at")
         total = placed.group_by("group").agg(pl.col("count").sum().alias("of"))
         shares = added.join(total, on="group").with_columns((pl.col("count") / pl.col("of")).alias("share")).sort("at")
-        order = quantities.modules(own) if by == "module" else list(quantities.KINDS)
+        order = quantities.modules(own) if by == "module" else list(KINDS)
         parts = {str(group): frame for (group,), frame in shares.group_by("group", maintain_order=True)}
         lines |= {group: parts[group] for group in (order if len(found) == 1 else [label]) if group in parts}
     return lines

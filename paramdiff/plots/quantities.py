@@ -18,12 +18,12 @@ from paramdiff.columns import TABLES
 from paramdiff.diff import Diff
 from paramdiff.errors import OptionError
 from paramdiff.moments import Moments
+from paramdiff.names import KINDS
 from paramdiff.pairing import CODES
 from paramdiff.wording import percent
 
 SHARE, LOG, LINEAR, SIGNED, PERCENT, UNIT = "share", "log", "linear", "signed", "percent", "unit"
 FAMILIAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the order of the forward pass
-KINDS = ("embedding", "attention", "mlp", "norm", "head", "other")
 
 
 @dataclass(frozen=True, slots=True)

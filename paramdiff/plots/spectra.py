@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from paramdiff.diff import Diff
 from paramdiff.errors import OptionError
+from paramdiff.names import KINDS
 from paramdiff.plots import quantities, runs, style
 from paramdiff.plots.canvas import Canvas
 from paramdiff.wording import number, percent
@@ -133,7 +134,7 @@ def _sorted(lines: dict[str, list[Curve]], by: str) -> dict[str, list[Curve]]:
     if by == "layer":
         return dict(sorted(lines.items(), key=lambda line: int(line[0]) if line[0].isdecimal() else -1))
     rows = pl.DataFrame([{key: curve.row[key] for key in ("module", "kind")} for found in lines.values() for curve in found])
-    order = quantities.modules(rows) if by == "module" else list(quantities.KINDS) if by == "kind" else list(lines)
+    order = quantities.modules(rows) if by == "module" else list(KINDS) if by == "kind" else list(lines)
     return dict(sorted(lines.items(), key=lambda line: order.index(line[0])))
 
 

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from paramdiff.diff import Diff
 from paramdiff.errors import OptionError
-from paramdiff.pairing import CODES
 from paramdiff.plots import runs, style
 from paramdiff.plots.canvas import Canvas
 from paramdiff.wording import percent
@@ -52,7 +51,7 @@ def stripes(result: Diff, module: str | None = None) -> Canvas:
 def striped_modules(diff: Diff) -> list[str]:
     """Modules that have matrices: those inside layers first, of these the ones with the most unevenly spread changes."""
     uneven = pl.max_horizontal("top1pct_rows_share", "top1pct_cols_share")
-    matrices = diff.tensors.filter(pl.col("rows").is_not_null() & (pl.col("numel") > 0) & pl.col("duplicate_of").is_null())
+    matrices = diff.counted.filter(pl.col("rows").is_not_null() & (pl.col("numel") > 0))
     found = matrices.group_by("module", maintain_order=True).agg(
         uneven.mean().fill_null(0).alias("uneven"), pl.col("layer").is_not_null().any().alias("inside")
     )
@@ -61,12 +60,7 @@ def striped_modules(diff: Diff) -> list[str]:
 
 def profiles(diff: Diff, module: str, axis: str) -> dict[int | None, Profile]:
     """For each layer the changed share along one axis, in at most `BINS` cells: all of its tensors added up."""
-    own = diff.tensors.filter(
-        (pl.col("module") == module)
-        & (pl.col("numel") > 0)
-        & pl.col("duplicate_of").is_null()
-        & (pl.col("pairing_rule") != CODES)
-    )
+    own = diff.counted.filter((pl.col("module") == module) & (pl.col("numel") > 0))
     table = diff.tables["rows"].filter(pl.col("axis") == axis)
     found: dict[int | None, list[dict[str, Any]]] = {}
     for row in own.select("name", "layer").join(table, on="name", maintain_order="left").iter_rows(named=True):

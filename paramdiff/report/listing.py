@@ -13,7 +13,7 @@ from paramdiff.moments import Moments
 from paramdiff.optimizers import plan
 from paramdiff.pairing import REASONS
 from paramdiff.plots import quantities
-from paramdiff.report import packing, verdict
+from paramdiff.report import packing
 from paramdiff.wording import number, percent
 
 MOST = 40  # rows of a small table
@@ -50,7 +50,7 @@ def overall(diffs: dict[str, Diff]) -> Table:
             told |= {"‖Δ‖ / ‖base‖": number(total["rel_l2"]), "largest |Δ|": number(total["max_abs_delta"])}
             told |= {"mean |Δ|": number(total["mean_abs_delta"]), "cosine of base and tuned": _cosine(total["cosine"])}
         told["sign flips"] = f"{total['sign_flips']:,}"
-        told["tensors without a change"] = f"{verdict.counted(diff).filter(pl.col('changed') == 0).height:,}"
+        told["tensors without a change"] = f"{diff.counted.filter(pl.col('changed') == 0).height:,}"
         told["types, base and tuned"] = f"{diff.summary()['dtype_base']}, {diff.summary()['dtype_tuned']}"
         for label, value in told.items():
             rows.setdefault(label, ["–"] * len(diffs))[place] = value

@@ -10,7 +10,6 @@ import polars as pl
 from paramdiff import published, tables
 from paramdiff.diff import Diff
 from paramdiff.moments import Moments
-from paramdiff.pairing import CODES
 from paramdiff.wording import many, number, percent, printable, shortened
 
 SUPERVISED = ("SFT",)
@@ -43,11 +42,6 @@ def findings(diff: Diff) -> list[Finding]:
     ]
     found += [*_rank(diff), *_stripes(diff), *_directions(diff), *_trust(diff, total)]
     return found
-
-
-def counted(diff: Diff) -> pl.DataFrame:
-    """The tensors that totals are of: without tied duplicates and the codes of quantised weights."""
-    return diff.tensors.filter(pl.col("duplicate_of").is_null() & (pl.col("pairing_rule") != CODES))
 
 
 def _nothing(diff: Diff, total: dict[str, Any]) -> Finding:
@@ -111,7 +105,7 @@ def _repositories(diff: Diff) -> tuple[Any, Any]:
 
 
 def _where(diff: Diff) -> Finding:
-    tensors = counted(diff)
+    tensors = diff.counted
     modules = _densities(diff.by("module"), "module")
     layers = _densities(diff.by("layer").filter(pl.col("layer").is_not_null()), "layer")
     untouched = tensors.filter(pl.col("changed") == 0).height
@@ -164,8 +158,7 @@ def _ulps(diff: Diff) -> float | None:
     """The share of changes by exactly one ulp; None where no tensor has such distances."""
     if "histograms" not in diff.tables:
         return None
-    own = diff.tensors.filter(pl.col("duplicate_of").is_null())
-    bins = diff.tables["histograms"].filter(pl.col("histogram") == "ulp").join(own, on="name", how="semi")
+    bins = diff.tables["histograms"].filter(pl.col("histogram") == "ulp").join(diff.counted, on="name", how="semi")
     changed, one = (int(bins.filter(part)["count"].sum()) for part in (pl.col("lower") > 0, pl.col("lower") == 1))
     return one / changed if changed else None
 
@@ -200,7 +193,7 @@ def _rank(diff: Diff) -> list[Finding]:
 def _stripes(diff: Diff) -> list[Finding]:
     if "rows_touched" not in diff.tensors.columns:
         return []
-    own = counted(diff).filter(pl.col("rows").is_not_null() & (pl.col("changed") > 0))
+    own = diff.counted.filter(pl.col("rows").is_not_null() & (pl.col("changed") > 0))
     if not own.height:
         return []
     told, most = [], 0.0
